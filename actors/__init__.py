@@ -1,0 +1,1 @@
+"""The crew: thin Ray shells round ``stowray.pipeline``."""
