@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -25,14 +28,14 @@ SYSTEM_CLOCK = Clock()
 
 @dataclass(frozen=True, slots=True)
 class Boot:
-    """Which boot of which host wrote something: what was not synced survives only while both hold."""
+    """Which boot of which host wrote something; unsynced data is trusted only while both hold."""
 
     boot_id: str
     host: str
 
     @classmethod
     def read(cls) -> Boot:
-        """Return the identity of the running kernel (random(4): ``/proc/sys/kernel/random/boot_id``)."""
+        """Return the identity of the running kernel (random(4), ``boot_id``)."""
         try:
             boot_id = BOOT_ID.read_text(encoding="ascii").strip()
         except OSError:
@@ -42,5 +45,5 @@ class Boot:
 
 
 def boot_time_ns() -> int:
-    """Return nanoseconds since boot, suspend included; the same scale in every process of the host."""
+    """Return nanoseconds since boot, suspend included: one scale for all processes of a host."""
     return time.clock_gettime_ns(time.CLOCK_BOOTTIME)

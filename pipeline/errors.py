@@ -226,7 +226,7 @@ class ManifestError(ContentError):
 
 
 class LayerError(ContentError):
-    """A layer cannot be applied as it stands; fields ``(entry, reason)``, control characters escaped."""
+    """A layer cannot be applied as it stands; fields ``(entry, reason)``, already escaped."""
 
     def __init__(self, entry: str, reason: str) -> None:
         super().__init__(entry, reason)
@@ -252,7 +252,7 @@ class StorageError(StowrayError):
 
 
 class CancelledError(StowrayError):
-    """The caller stopped the work; fields ``(what,)``. What was fetched is kept for the next run."""
+    """The caller stopped the work; field ``what``. What was fetched is kept for the next run."""
 
     exit_code = 130
 
@@ -265,7 +265,7 @@ class CancelledError(StowrayError):
 
 
 def escape(text: str | bytes) -> str:
-    """Return ``text`` with control characters, backslashes and undecodable bytes escaped for display."""
+    """Return ``text`` with control characters and undecodable bytes escaped for display."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
     return "".join(
