@@ -1,0 +1,103 @@
+# Everything a developer or a CI machine does, one target each; `make help` lists them.
+# `setup` needs only Python (3.11 or newer) with pip. `deps` installs the programs that the tests
+# compare against where it may (Debian, as root) and otherwise says what is missing and goes on.
+
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+# The machine's own python3 when it will do, else the newest one that starts; override: make PYTHON=…
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 \
+	&& { echo $$p; break; }; done)
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.stowray-setup
+SOURCES := pipeline actors stowray tests bench
+WORKERS ?= 2
+PYTEST ?= $(BIN)/pytest
+PYTEST_ARGS ?=
+
+# program:Debian package that has it
+PEERS := docker-registry:docker-registry skopeo:skopeo umoci:umoci podman:podman \
+	containerd:containerd ctr:containerd runc:runc crun:crun debootstrap:debootstrap \
+	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux
+
+.PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist all clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z-]*\):[^#]*##/\1:/p' $(firstword $(MAKEFILE_LIST)) | sed 's/: */\t/' | expand -t 16
+
+setup: $(STAMP)  ## make .venv with stowray and its development tools (quick when it is there)
+
+$(STAMP): pyproject.toml
+	@test -n "$(PYTHON)" || { echo "make setup: no Python >= 3.11 with venv and pip on PATH;" \
+		"install one (Debian: apt-get install python3 python3-venv) or name it: make PYTHON=…" >&2; exit 2; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
+		|| { echo "making $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	@# Read by the interpreter, so that a pip without --group will do as well.
+	@$(BIN)/python -c 'import tomllib; \
+		print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' \
+		> $(VENV)/dev-requirements.txt
+	$(BIN)/python -m pip install --quiet --editable . --requirement $(VENV)/dev-requirements.txt
+	@touch $@
+
+demo: setup  ## serve a small image and pre-warm two nodes with it; needs no registry
+	$(BIN)/stowray demo
+
+deps:  ## install the programs that tests compare against (Debian, as root), else name the missing
+	@missing=(); packages=(); \
+	export PATH="$$PATH:/usr/sbin:/sbin"; \
+	for pair in $(PEERS); do \
+		command -v "$${pair%%:*}" >/dev/null || { missing+=("$${pair%%:*}"); packages+=("$${pair##*:}"); }; \
+	done; \
+	if (( $${#missing[@]} == 0 )); then exit 0; fi; \
+	if [[ $$(id -u) != 0 ]] || ! command -v apt-get >/dev/null; then \
+		echo "make deps: not here: $${missing[*]}; tests that need them are skipped" \
+			"(Debian: apt-get install $${packages[*]})" >&2; exit 0; \
+	fi; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	readarray -t packages < <(printf '%s\n' "$${packages[@]}" | sort -u); \
+	install=(apt-get install -y -q --no-install-recommends); \
+	"$${install[@]}" "$${packages[@]}" >/dev/null 2>&1 \
+		|| { apt-get update -q || true; } \
+		&& "$${install[@]}" "$${packages[@]}" \
+		|| for package in "$${packages[@]}"; do \
+			"$${install[@]}" "$$package" || echo "make deps: $$package cannot be installed" >&2; \
+		done
+
+check: setup  ## format, lint and types
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/mypy -p stowray
+
+format: setup  ## put the sources in form
+	$(BIN)/ruff check --fix $(SOURCES)
+	$(BIN)/ruff format $(SOURCES)
+
+# tests/conftest.py puts tests/real and tests/cluster into one group, which one worker runs one by one.
+test: setup deps  ## every test
+	$(PYTEST) -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+
+test-unit: setup  ## the unit tests only
+	$(PYTEST) -n $(WORKERS) tests/unit $(PYTEST_ARGS)
+
+test-real: setup deps  ## the command against real registries and peers
+	$(PYTEST) tests/real $(PYTEST_ARGS)
+
+test-cluster: setup  ## the tests on a Ray cluster
+	$(PYTEST) tests/cluster $(PYTEST_ARGS)
+
+bench: setup deps  ## side by side with the peers; see bench/README.md
+	$(BIN)/python -m bench.compare
+
+dist: setup  ## wheel and sdist in dist/
+	$(BIN)/python -m pip install --quiet build
+	$(BIN)/python -m build --outdir dist .
+
+all: check test  ## what CI runs
+
+clean:  ## remove what was built
+	rm -rf $(VENV) dist build .mypy_cache .ruff_cache .pytest_cache .hypothesis
