@@ -15,17 +15,17 @@ if TYPE_CHECKING:
 
 PLAIN_UID = 65534
 
-DROP = """
+# Modules are imported before the change of user: the interpreter may lie where others cannot read.
+DROP = f"""
+import ctypes, encodings.idna, os, random, selectors, subprocess, tempfile, threading
 def become_plain():
-    import os
     if os.getuid() == 0:
         os.setgroups([])
-        os.setgid(%d)
-        os.setuid(%d)
-        # A dumpable process may write its own uid_map again after the change of its IDs (prctl(2)).
-        import ctypes
+        os.setgid({PLAIN_UID})
+        os.setuid({PLAIN_UID})
+        # Only a dumpable process may write its own uid_map after a change of its IDs (prctl(2)).
         ctypes.CDLL(None).prctl(4, 1, 0, 0, 0)
-""" % (PLAIN_UID, PLAIN_UID)
+"""
 
 
 def run_plain(code: str, *arguments: str | Path, timeout: float = 120) -> str:
