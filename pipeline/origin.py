@@ -1,0 +1,67 @@
+"""Where content comes from: one shape for registries, mirrors, peers and images on disk.
+
+Invariant: what an origin hands over as a manifest was hashed; the bytes of a blob were not, and are
+proven by whoever takes them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol, Self
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stowray.pipeline.digest import Digest
+    from stowray.pipeline.image import Descriptor
+    from stowray.pipeline.reference import Reference
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """What a reference names now; ``body`` is the hashed document when it came along."""
+
+    descriptor: Descriptor
+    body: bytes | None = None
+    source: str = ""
+
+
+class BlobStream(Protocol):
+    """The bytes of one blob from ``offset`` on, not verified; to be closed on every path.
+
+    ``source`` names the host or file that serves it. ``offset`` may be smaller than the one asked
+    for (a server that knows no ranges): the reader discards up to where it wants to go on.
+    """
+
+    offset: int
+    source: str
+
+    def read(self, size: int = 1 << 20) -> bytes:
+        """Return at most ``size`` bytes, ``b""`` at the end of what this source sends."""
+
+    def close(self) -> None:
+        """Free the connection or file; calling it twice is harmless."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(self, *details: object) -> None: ...
+
+
+class Origin(Protocol):
+    """A place that images come from; every method may be called from several threads."""
+
+    def resolve(self, reference: Reference) -> Resolved:
+        """Return what ``reference`` names now."""
+
+    def manifest(self, reference: Reference, digest: Digest, size: int | None = None) -> bytes:
+        """Return the index, manifest or config ``digest`` of the repository, hashed."""
+
+    def open_blob(
+        self,
+        reference: Reference,
+        descriptor: Descriptor,
+        offset: int = 0,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> BlobStream:
+        """Return the blob's bytes from ``offset`` on; a wait in it ends when ``cancelled()``."""
