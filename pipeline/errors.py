@@ -272,3 +272,25 @@ def escape(text: str | bytes) -> str:
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text
     )
+
+
+def to_wire(error: StowrayError) -> tuple[str, list[str | int | float]]:
+    """Return ``(class name, fields)``, plain data that may cross to another process."""
+    return type(error).__name__, list(error.args)
+
+
+def from_wire(name: str, fields: list[str | int | float]) -> StowrayError:
+    """Make the error again that :func:`to_wire` described; an unknown class becomes a NodeError."""
+    kind = globals().get(name)
+    if isinstance(kind, type) and issubclass(kind, StowrayError):
+        return kind(*fields)
+    return NodeError("worker", f"{name}: {' '.join(str(field) for field in fields)}")
+
+
+def describe(error: StowrayError) -> dict[str, str | bool]:
+    """Return the ``error`` object of a result line: ``{type, message, retryable}``."""
+    return {
+        "type": type(error).__name__,
+        "message": str(error),
+        "retryable": error.retryable,
+    }
