@@ -1,9 +1,9 @@
-"""Walk a plan: submit each step to a crew when its inputs are done.
+"""Walk a plan: submit each step when its inputs are done.
 
 Invariant: a step is submitted once its ``needs`` are done and its ``follows`` was submitted; the
 first failure cancels what is still under way and is the one that is raised; a step lost with a
-dead worker is submitted again, a bounded number of times. The crew decides where a step runs
-(threads and processes of this machine, or actors); the walk is the same for all.
+dead worker is submitted again, a bounded number of times. Where a step runs (threads and processes
+of this machine, or actors) is the business of ``submit``; the walk is the same for all.
 """
 
 from __future__ import annotations
@@ -18,9 +18,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import Future
 
-    from stowray.pipeline.image import Image
     from stowray.pipeline.plan import Plan, Step
-    from stowray.pipeline.progress import Report
 
 LOST_TRIES = 3
 POLL_SECONDS = 0.1
@@ -41,13 +39,15 @@ class Outcome:
     existed: bool = False
 
 
-class Crew(Protocol):
-    """Those who carry steps out; every method returns at once."""
+class Submit(Protocol):
+    """How the walk hands a step to whoever carries it out."""
 
-    def submit(
-        self, step: Step, image: Image, report: Report, cancelled: Callable[[], bool]
-    ) -> Future[Outcome]:
-        """Start ``step``; the future fails with a StowrayError, NodeError when a worker died."""
+    def __call__(self, step: Step, cancelled: Callable[[], bool]) -> Future[Outcome]:
+        """Start ``step`` and return at once.
+
+        The future fails with a StowrayError; with NodeError when the worker that had the step
+        died. ``cancelled`` turns true when the whole pull ends early.
+        """
 
 
 @dataclass(slots=True)
@@ -61,12 +61,10 @@ class _Walk:
 
 def run_plan(
     plan: Plan,
-    image: Image,
-    crew: Crew,
-    report: Report,
+    submit: Submit,
     cancelled: Callable[[], bool] = lambda: False,
 ) -> dict[str, Outcome]:
-    """Carry ``plan`` out and return the outcome of each step by its ID.
+    """Carry ``plan`` out through ``submit`` and return the outcome of each step by its ID.
 
     Blocks until every submitted step has ended, also after a failure or a cancellation, so that
     nothing works on after the caller has gone on. Raises the first failure, or CancelledError.
@@ -78,17 +76,17 @@ def run_plan(
     def stop() -> bool:
         return walk.failure is not None or cancelled()
 
-    def submit(step: Step) -> None:
+    def start(step: Step) -> None:
         walk.submitted.add(step.id)
         walk.tries[step.id] = walk.tries.get(step.id, 0) + 1
-        future = crew.submit(step, image, report, stop)
+        future = submit(step, stop)
         future.add_done_callback(lambda done: finished.put((step, done)))
 
     while True:
         if not stop():
             for step in _ready(walk):
                 del walk.waiting[step.id]
-                submit(step)
+                start(step)
                 running += 1
         if running == 0:
             break
@@ -101,7 +99,7 @@ def run_plan(
     if walk.failure is not None:
         raise walk.failure
     if walk.waiting:
-        raise CancelledError(f"pull of {image.reference}")
+        raise CancelledError("pull")
     return walk.outcomes
 
 

@@ -1,0 +1,94 @@
+"""What a worker does: stage one layer or commit one, from plain arguments to a plain result.
+
+Shared by the local worker processes and the unpack actors, so that both engines do the same.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stowray.pipeline.clock import Boot
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import UsageError
+from stowray.pipeline.limits import LayerLimits
+from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+# The owner cancels a stage whose fetch has failed, and its death ends the worker: as long as it
+# lives and does not cancel, the blob's writer may be waiting its turn at a rate-limited registry.
+FOLLOW_SECONDS = 24 * 3600.0
+
+
+class LayerTasks:
+    """Carries out tasks; keeps the stores that it has opened."""
+
+    def __init__(self) -> None:
+        self._stores: dict[str, Store] = {}
+
+    def run(
+        self,
+        operation: str,
+        arguments: dict[str, Any],
+        on_progress: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> dict[str, Any]:
+        """Carry out ``stage`` or ``commit``; see :func:`stowray.pipeline.crew.unpack_arguments`."""
+        begun = time.perf_counter()
+        store = self._store(arguments)
+        snapshots = Snapshots(store)
+        digest, size = Digest(arguments["digest"]), int(arguments["size"])
+        diff_id = Digest(arguments["diff_id"])
+        limits = LayerLimits(**{name: v for name, v in arguments["limits"].items() if v})
+        consumed = 0
+
+        @contextmanager
+        def open_read() -> Iterator[Callable[[], bytes]]:
+            nonlocal consumed
+            consumed = 0
+            with store.follow(
+                digest, size, cancelled=cancelled, grace_seconds=FOLLOW_SECONDS
+            ) as follower:
+
+                def read() -> bytes:
+                    nonlocal consumed
+                    data = follower.read()
+                    consumed += len(data)
+                    on_progress(consumed, size)
+                    return data
+
+                yield read
+
+        if operation == "stage":
+            staged = snapshots.stage(diff_id, open_read, limits=limits, cancelled=cancelled)
+            existed, unpacked = staged.existed, staged.unpacked_size
+        elif operation == "commit":
+            parent = arguments["parent"]
+            snapshot = snapshots.commit(
+                Digest(arguments["chain_id"]),
+                Digest(parent) if parent else None,
+                diff_id,
+                digest,
+                open_read,
+                limits=limits,
+                cancelled=cancelled,
+            )
+            existed, unpacked = False, snapshot.unpacked_size
+        else:
+            raise UsageError(operation, "a worker knows only stage and commit")
+        return {
+            "seconds": time.perf_counter() - begun,
+            "unpacked_size": unpacked,
+            "existed": existed,
+        }
+
+    def _store(self, arguments: dict[str, Any]) -> Store:
+        path = arguments["store"]
+        if path not in self._stores:
+            self._stores[path] = Store.open(Path(path), boot=Boot(*arguments["boot"]))
+        return self._stores[path]

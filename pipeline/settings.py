@@ -1,0 +1,185 @@
+"""Every setting with its unit and default, and where a value may come from.
+
+Order, the later wins: the defaults here, the settings file (TOML), the environment
+(``STOWRAY_STORE``), the command line. ``configs/default.toml`` lists every key; a test holds it
+against this module. Invariant: an unknown key or a value of the wrong kind is a UsageError that
+names the key, never ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from stowray.pipeline.errors import UsageError
+
+SYSTEM_STORE = "/var/lib/stowray"
+
+
+def _processors() -> int:
+    return max(1, len(os.sched_getaffinity(0)))
+
+
+@dataclass(frozen=True, slots=True)
+class RegistrySettings:
+    """How registries are spoken to; seconds and bytes."""
+
+    plain_http: tuple[str, ...] = ()
+    authfile: str = ""
+    hosts_dir: str = ""
+    ca_file: str = ""
+    connect_timeout_seconds: float = 10.0
+    stall_timeout_seconds: float = 30.0
+    minimum_bytes_per_second: int = 1024
+    attempts: int = 6
+    deadline_seconds: float = 3600.0
+    connections: int = 6
+    foreign_urls: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class UnpackSettings:
+    """How layers are applied. ``workers = 0`` is one per processor, a limit of 0 the built-in one.
+
+    ``max_entries`` counts entries of one layer, ``max_unpacked_bytes`` the files in one layer,
+    ``max_layer_bytes`` the uncompressed tar stream.
+    """
+
+    workers: int = 0
+    max_entries: int = 0
+    max_unpacked_bytes: int = 0
+    max_layer_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ResolveSettings:
+    """How references are looked up; ``ttl_seconds`` is how long a tag's answer is kept."""
+
+    ttl_seconds: float = 5.0
+    policy: str = "newer"
+    platform: str = ""
+    strict_platform: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """All settings of one run."""
+
+    store: str = ""
+    node: str = ""
+    engine: str = "auto"
+    address: str = ""
+    resolve: ResolveSettings = field(default_factory=ResolveSettings)
+    registry: RegistrySettings = field(default_factory=RegistrySettings)
+    unpack: UnpackSettings = field(default_factory=UnpackSettings)
+
+    @property
+    def node_name(self) -> str:
+        """Return the configured name of this node, else the host name."""
+        return self.node or socket.gethostname()
+
+    def store_path(self) -> Path:
+        """Return the absolute path of the store with ``{node}`` filled in."""
+        text = self.store or os.environ.get("STOWRAY_STORE", "") or _default_store()
+        return Path(text.replace("{node}", self.node_name)).expanduser().absolute()
+
+    def worker_count(self) -> int:
+        """Return how many layers are staged at once."""
+        return self.unpack.workers or min(8, _processors())
+
+
+def _default_store() -> str:
+    if os.geteuid() == 0:
+        return SYSTEM_STORE
+    data = os.environ.get("XDG_DATA_HOME", "") or str(Path.home() / ".local" / "share")
+    return str(Path(data) / "stowray")
+
+
+_SECTIONS: dict[str, type[Any]] = {
+    "resolve": ResolveSettings,
+    "registry": RegistrySettings,
+    "unpack": UnpackSettings,
+}
+_CHOICES = {
+    "engine": ("auto", "local", "ray"),
+    "resolve.policy": ("newer", "missing", "always", "never"),
+}
+# Command-line options that live in a section.
+_PLACES = {
+    "platform": "resolve",
+    "authfile": "registry",
+    "hosts_dir": "registry",
+    "plain_http": "registry",
+}
+
+
+def load_settings(
+    *, config: str | None = None, overrides: dict[str, Any] | None = None
+) -> Settings:
+    """Return the settings from the file ``config`` (or ``STOWRAY_CONFIG``) and ``overrides``.
+
+    ``overrides`` are command-line values by option name; None and empty ones are passed over.
+    Raises UsageError naming the file and key that cannot be used.
+    """
+    path = config or os.environ.get("STOWRAY_CONFIG")
+    document = _read(Path(path)) if path else {}
+    for name, value in (overrides or {}).items():
+        if value in (None, "", [], ()):
+            continue
+        section = _PLACES.get(name)
+        (document.setdefault(section, {}) if section else document)[name] = value
+    return _build(document, str(path) if path else "command line")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    import tomllib
+
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(str(path), f"cannot read the settings: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(str(path), f"not a TOML file: {error}") from error
+
+
+def _build(document: dict[str, Any], origin: str) -> Settings:
+    values = dict(document)
+    for name, kind in _SECTIONS.items():
+        section = values.get(name, {})
+        if not isinstance(section, dict):
+            raise UsageError(origin, f"[{name}] must be a table")
+        values[name] = kind(**_checked(kind, section, f"{name}.", origin))
+    return Settings(**_checked(Settings, values, "", origin))
+
+
+def _checked(
+    kind: type[Any], values: dict[str, Any], prefix: str, origin: str
+) -> dict[str, Any]:
+    known = {entry.name: entry for entry in fields(kind)}
+    default = kind()
+    checked: dict[str, Any] = {}
+    for name, value in values.items():
+        key = prefix + name
+        if name not in known:
+            raise UsageError(origin, f"unknown setting {key!r}; known: {', '.join(known)}")
+        checked[name] = _coerce(key, value, getattr(default, name), origin)
+    return checked
+
+
+def _coerce(key: str, value: Any, default: Any, origin: str) -> Any:
+    if isinstance(default, tuple):
+        if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
+            raise UsageError(origin, f"{key} must be a list of strings")
+        return tuple(value)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not type(default):
+        raise UsageError(origin, f"{key} must be of type {type(default).__name__}")
+    if isinstance(value, int | float) and value < 0:
+        raise UsageError(origin, f"{key} must not be negative")
+    if key in _CHOICES and value not in _CHOICES[key]:
+        raise UsageError(origin, f"{key} must be one of {', '.join(_CHOICES[key])}")
+    return value

@@ -1,0 +1,137 @@
+"""The command group: finds a command, imports it only then, and turns errors into exit codes.
+
+Invariant: stdout carries only the answer; what is said to a person goes to stderr; every failure
+ends in the exit status that its class names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import click
+
+from stowray import __version__
+from stowray.cli.context import Context, common_options
+from stowray.pipeline.errors import StowrayError, describe
+
+if TYPE_CHECKING:
+    from types import FrameType
+
+# name -> (module below stowray.cli, one line for the list of commands)
+COMMANDS = {
+    "pull": ("pull", "Fetch, verify and unpack images."),
+    "resolve": ("look", "Print the digest that a reference points to."),
+    "config": ("look", "Print an image's config, raw bytes as stored."),
+    "key": ("look", "Print the two cache keys of an image."),
+    "reference": ("look", "Show how references are understood."),
+    "platform": ("look", "Show how platforms are understood."),
+    "plan": ("look", "Show what a pull would do, without doing it."),
+    "images": ("stock", "List the images in the store."),
+    "inspect": ("stock", "Show an image's layers, chain IDs and blob mapping."),
+    "rm": ("stock", "Remove references from the store."),
+    "gc": ("stock", "Remove what no reference needs."),
+    "pin": ("stock", "Keep an image from being collected."),
+    "unpin": ("stock", "Let a pinned image be collected again."),
+    "verify": ("stock", "Re-hash blobs; compare trees with their layers (--deep)."),
+    "rootfs": ("trees", "Write an image's flattened root filesystem to a directory."),
+    "mount": ("trees", "Mount an image's root filesystem."),
+    "umount": ("trees", "Unmount what `mount` mounted."),
+    "unshare": ("trees", "Run a command beside an image's mount in own namespaces."),
+    "bundle": ("trees", "Write an OCI runtime bundle that runc starts."),
+    "session": ("session", "Start, stop or show the warm private Ray."),
+    "demo": ("demo", "Show the main job with a small image, no registry needed."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group that knows its commands' names and imports a command's module when it is run."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names in the order of the table."""
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f"stowray.cli.{COMMANDS[cmd_name][0]}")
+        command: click.Command = getattr(module, f"{cmd_name}_command")
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """List commands without importing them."""
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, with a hint for a near miss."""
+        if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
+            near = difflib.get_close_matches(args[0], COMMANDS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise click.UsageError(f"No such command {args[0]!r}.{hint}", ctx)
+        return super().resolve_command(ctx, args)
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit status: 0 done, 1 some failed, 2 usage, 3 not found, 4 unauthorized, 5 content is "
+    "not what was promised, 6 registry or node unavailable, 7 storage, 130 interrupted.",
+)
+@click.version_option(__version__, prog_name="stowray")
+@common_options
+@click.pass_context
+def cli(ctx: click.Context, /, **options: object) -> None:
+    """Stow container images onto machines: verified, ready-to-run root filesystems."""
+    ctx.obj = Context()
+    ctx.obj.merge(options)
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line and return its exit status."""
+    signal.signal(signal.SIGTERM, _terminate)
+    context = None
+    try:
+        with cli.make_context("stowray", arguments) as context:
+            result = cli.invoke(context)
+            sys.stdout.flush()
+            return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as ending:
+        return ending.exit_code
+    except click.ClickException as error:
+        error.show()
+        return 2
+    except (KeyboardInterrupt, click.Abort):
+        print("stowray: interrupted", file=sys.stderr)  # noqa: T201
+        return 130
+    except BrokenPipeError:
+        # The reader of our answer went away; nothing is left to say to it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except StowrayError as error:
+        return fail(error, context.obj if context is not None else None)
+
+
+def fail(error: StowrayError, context: Context | None, reference: str | None = None) -> int:
+    """Tell the user of an error, as the result line of ``--json`` too, and return its status."""
+    if context is not None and context.json:
+        line: dict[str, object] = {"error": describe(error)}
+        if reference is not None:
+            line = {"reference": reference, **line}
+        print(json.dumps(line))  # noqa: T201
+    prefix = f"{reference}: " if reference is not None and reference not in str(error) else ""
+    print(f"stowray: {prefix}{error}", file=sys.stderr)  # noqa: T201
+    return error.exit_code
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,139 @@
+"""The common options of every command, and what is made from them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from stowray.pipeline.engine import LocalEngine
+    from stowray.pipeline.progress import Progress
+    from stowray.pipeline.settings import Settings
+    from stowray.pipeline.store import Store
+
+_COMMON: tuple[Callable[[Any], Any], ...] = (
+    click.option("--store", metavar="DIR", help="The store (env STOWRAY_STORE)."),
+    click.option("--engine", type=click.Choice(["auto", "local", "ray"]), help="Who does the work."),
+    click.option("--address", metavar="RAY", help="A running Ray cluster to attach to."),
+    click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: this machine's."),
+    click.option("--config", metavar="FILE", help="Settings file (TOML)."),
+    click.option("--authfile", metavar="FILE", help="Credentials, as podman or docker wrote them."),
+    click.option("--hosts-dir", metavar="DIR", help="containerd-style hosts.toml directories."),
+    click.option(
+        "--plain-http",
+        metavar="HOST[:PORT]",
+        multiple=True,
+        help="Speak HTTP to this registry (loopback needs no leave).",
+    ),
+    click.option(
+        "--progress",
+        type=click.Choice(["auto", "tty", "plain", "json", "none"]),
+        help="How progress is shown on stderr.",
+    ),
+    click.option("--json", is_flag=True, default=None, help="Answer in JSON lines."),
+    click.option("-q", "--quiet", is_flag=True, default=None, help="No progress, only errors."),
+    click.option("-v", "--verbose", count=True, help="Say more."),
+)
+
+
+def common_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the common options."""
+    for option in reversed(_COMMON):
+        function = option(function)
+    return function
+
+
+class Context:
+    """What the options of this run say; makes settings, store and engine when they are needed."""
+
+    def __init__(self) -> None:
+        self._values: dict[str, Any] = {}
+        self._settings: Settings | None = None
+
+    def merge(self, options: dict[str, Any]) -> None:
+        """Take over options given at one level; the command's own win over the group's."""
+        for name, value in options.items():
+            if value not in (None, (), 0, False):
+                self._values[name] = value
+
+    def value(self, name: str, default: Any = None) -> Any:
+        """Return one option's value."""
+        return self._values.get(name, default)
+
+    @property
+    def json(self) -> bool:
+        """Return whether the answer is JSON."""
+        return bool(self.value("json"))
+
+    @property
+    def settings(self) -> Settings:
+        """Return the settings: defaults, file, environment, options, in rising order."""
+        if self._settings is None:
+            from stowray.pipeline.settings import load_settings
+
+            self._settings = load_settings(
+                config=self.value("config"),
+                overrides={
+                    "store": self.value("store"),
+                    "engine": self.value("engine"),
+                    "address": self.value("address"),
+                    "platform": self.value("platform"),
+                    "authfile": self.value("authfile"),
+                    "hosts_dir": self.value("hosts_dir"),
+                    "plain_http": list(self.value("plain_http", ())),
+                },
+            )
+        return self._settings
+
+    def store_path(self) -> Path:
+        """Return where the store is."""
+        return self.settings.store_path()
+
+    def open_store(self, *, create: bool = False) -> Store:
+        """Open the store; without ``create`` a missing one is a NotFoundError."""
+        from stowray.pipeline.errors import NotFoundError
+        from stowray.pipeline.store import Store
+
+        path = self.store_path()
+        if not create and not path.exists():
+            raise NotFoundError("a store", f"{path} (pull an image first, or give --store)")
+        return Store.open(path, create=create)
+
+    def engine(self, progress: Progress) -> LocalEngine:
+        """Return the engine that the options and the state of this machine select."""
+        from stowray.api import make_engine
+
+        return make_engine(self.settings, progress=progress, fork_workers=True)
+
+
+def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+    """Make a click command with the common options whose function takes a Context first."""
+
+    def decorate(function: Callable[..., Any]) -> click.Command:
+        names = {parameter.name for parameter in _common_parameters()}
+
+        @click.pass_context
+        def invoke(ctx: click.Context, /, **options: Any) -> Any:
+            context = ctx.obj if isinstance(ctx.obj, Context) else Context()
+            common = {key: options.pop(key) for key in list(options) if key in names}
+            context.merge(common)
+            ctx.obj = context
+            return function(context, **options)
+
+        invoke.__doc__ = function.__doc__
+        invoke.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
+        return click.command(name, **settings)(common_options(invoke))
+
+    return decorate
+
+
+def _common_parameters() -> list[click.Parameter]:
+    @common_options
+    def probe() -> None: ...
+
+    parameters: list[click.Parameter] = probe.__click_params__  # type: ignore[attr-defined]
+    return parameters
