@@ -1,0 +1,418 @@
+"""A stack of layer trees in overlay format, read as the one tree that they make.
+
+Overlay format (kernel: Documentation/filesystems/overlayfs.rst): a whiteout is a character device
+0/0, an opaque directory has the attribute ``overlay.opaque`` = ``y`` in the ``trusted`` namespace
+(trees made as root) or the ``user`` namespace (trees made as a plain user).
+
+Invariant: what is seen here is what an overlay mount of the same trees shows, except for the root:
+an opaque root hides all trees below it, and the root's attributes are those of the topmost layer
+that has an entry for it. No symlink is ever followed, and each name is reached through
+descriptors of its parents.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
+
+from stowray.pipeline.entry_list import OWNER, Record, read_entry_list
+from stowray.pipeline.errors import StorageError, escape
+from stowray.pipeline.files import storage_error
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+    from pathlib import Path
+
+OPAQUE = "overlay.opaque"
+# A zero-sized origin says "copied up, origin unknown" (ovl_path_check_origin_xattr): without it a
+# directory that only one layer has lists its whiteouts, which cannot be opened.
+ORIGIN = "overlay.origin"
+# Ours, hidden by overlayfs like all of its prefix: the layer has no entry for the root.
+IMPLIED_ROOT = "overlay.stowray.root"
+# Attributes by which a layer could forge the above; never passed on, never shown.
+PRIVATE_PREFIXES = (b"trusted.overlay.", b"user.overlay.")
+# Labels of the host's own security modules: made by it, not by an image, and never carried along.
+HOST_LABELS = frozenset({b"security.selinux", b"security.ima", b"security.evm"})
+
+OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+_DESCRIPTORS = 192
+
+
+def namespace(privileged: bool) -> str:
+    """Return the prefix of the overlay attributes in trees of this kind."""
+    return "trusted." if privileged else "user."
+
+
+def is_whiteout(status: os.stat_result) -> bool:
+    """Return whether an entry of a layer tree hides the name below it."""
+    return stat.S_ISCHR(status.st_mode) and status.st_rdev == 0
+
+
+@dataclass(slots=True, eq=False)
+class Node:
+    """One visible name; ``file_type`` holds the ``S_IFMT`` bits, ``path`` has no slash at its ends.
+
+    Two nodes are names of one inode when their ``inode`` is equal and they are no directories.
+    """
+
+    path: bytes
+    file_type: int
+    mode: int
+    uid: int
+    gid: int
+    size: int
+    mtime_ns: int
+    device: tuple[int, int]
+    inode: tuple[int, int]
+    links: int
+
+    @property
+    def layer(self) -> int:
+        """The number of the tree, from the top, that the name is read from."""
+        return self.inode[0]
+
+    @property
+    def is_directory(self) -> bool:
+        """Whether this is a directory."""
+        return self.file_type == stat.S_IFDIR
+
+    @property
+    def is_file(self) -> bool:
+        """Whether this is a regular file."""
+        return self.file_type == stat.S_IFREG
+
+    @property
+    def is_symlink(self) -> bool:
+        """Whether this is a symbolic link."""
+        return self.file_type == stat.S_IFLNK
+
+
+class _Merged:
+    """A directory of the merged tree: the trees that take part in it, topmost first."""
+
+    __slots__ = ("parts", "path")
+
+    def __init__(self, path: bytes, parts: list[tuple[int, int]]) -> None:
+        self.path = path
+        self.parts = parts
+
+    def close(self) -> None:
+        for _, descriptor in self.parts:
+            os.close(descriptor)
+
+
+class ChainView:
+    """Trees in overlay format as one tree; ``lowers`` are topmost first and must not change.
+
+    Not thread-safe. Holds descriptors until closed.
+    """
+
+    def __init__(self, lowers: Sequence[Path], privileged: bool) -> None:
+        self.lowers = tuple(lowers)
+        self.privileged = privileged
+        self._namespace = namespace(privileged)
+        self._cache: OrderedDict[bytes, _Merged] = OrderedDict()
+        self._open = 0
+        self._root: _Merged | None = None
+        self._records: dict[int, dict[bytes, Record]] = {}
+        self._links: dict[tuple[int, int], list[bytes]] | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close all descriptors; the view may be used again."""
+        for merged in self._cache.values():
+            merged.close()
+        self._cache.clear()
+        self._open = 0
+        if self._root is not None:
+            self._root.close()
+            self._root = None
+
+    @property
+    def effective_lowers(self) -> tuple[Path, ...]:
+        """The trees that count: none below an opaque root, which a mount does not respect."""
+        return tuple(self.lowers[layer] for layer, _ in self._merged_root().parts)
+
+    @property
+    def shows_root(self) -> bool:
+        """Whether the topmost tree's own root has the attributes that the merged root must have.
+
+        If not, a mount needs a topmost directory that has them.
+        """
+        parts = self._merged_root().parts
+        return not parts or self.lookup(b"").layer == parts[0][0]
+
+    def lookup(self, path: bytes) -> Node:
+        """Return what is at ``path``; ``StorageError`` if nothing is, see :meth:`find`."""
+        node = self.find(path)
+        if node is None:
+            raise StorageError(escape(path), "not in the image")
+        return node
+
+    def find(self, path: bytes) -> Node | None:
+        """Return what is at ``path``; None when nothing is or a part of it is no directory."""
+        if not path:
+            return self._root_node()
+        parent, _, name = path.rpartition(b"/")
+        try:
+            merged = self._directory(parent)
+            found = None if merged is None else self._top(merged, name)
+        except OSError as error:
+            raise self._error(error, path) from error
+        return None if found is None else self._node(path, found[0], found[1])
+
+    def children(self, path: bytes) -> list[Node]:
+        """Return the entries of a directory in the order of their names; none if it is not one."""
+        try:
+            merged = self._directory(path)
+            return [] if merged is None else self._list(merged)
+        except OSError as error:
+            raise self._error(error, path) from error
+
+    def walk(self) -> Iterator[Node]:
+        """Yield all nodes, the root first, each directory before what is in it."""
+        yield self._root_node()
+        pending = self.children(b"")[::-1]
+        while pending:
+            node = pending.pop()
+            yield node
+            if node.file_type == stat.S_IFDIR:
+                found = self.children(node.path)
+                found.reverse()
+                pending += found
+
+    def readlink(self, node: Node) -> bytes:
+        """Return the target of a symlink, byte for byte."""
+        try:
+            directory, name = self._place(node)
+            return os.readlink(name, dir_fd=directory)
+        except OSError as error:
+            raise self._error(error, node.path) from error
+
+    def open(self, node: Node) -> int:
+        """Return a read-only descriptor of a regular file; the caller closes it."""
+        try:
+            directory, name = self._place(node)
+            return os.open(name, _OPEN_FILE, dir_fd=directory)
+        except OSError as error:
+            raise self._error(error, node.path) from error
+
+    def xattrs(self, node: Node) -> dict[bytes, bytes]:
+        """Return the extended attributes that the layer gave, those of overlayfs left out."""
+        try:
+            attributes = self._read_xattrs(node)
+        except OSError as error:
+            raise self._error(error, node.path) from error
+        record = self._record(node.layer, node.path)
+        if record is not None:
+            attributes.update(record.xattrs)
+        return attributes
+
+    def links(self, node: Node) -> list[bytes]:
+        """Return all visible names of the inode, at least its own."""
+        if node.links < 2 or node.is_directory:
+            return [node.path]
+        if self._links is None:
+            self._links = {}
+            for other in self.walk():
+                if other.links > 1 and not other.is_directory:
+                    self._links.setdefault(other.inode, []).append(other.path)
+        return self._links[node.inode]
+
+    def _merged_root(self) -> _Merged:
+        if self._root is None:
+            root = _Merged(b"", [])
+            try:
+                for layer, path in enumerate(self.lowers):
+                    descriptor = os.open(path, OPEN_DIRECTORY)
+                    root.parts.append((layer, descriptor))
+                    if self._is_opaque(descriptor):
+                        break
+            except OSError as error:
+                root.close()
+                raise storage_error(error, path, "read a layer tree") from error
+            self._root = root
+        return self._root
+
+    def _root_node(self) -> Node:
+        parts = self._merged_root().parts
+        if not parts:
+            return Node(b"", stat.S_IFDIR, 0o755, *OWNER, 0, 0, (0, 0), (-1, 0), 1)
+        for layer, descriptor in parts:
+            if self._attribute(descriptor, IMPLIED_ROOT) is None:
+                return self._node(b"", layer, os.fstat(descriptor))
+        layer, descriptor = parts[0]
+        return self._node(b"", layer, os.fstat(descriptor))
+
+    def _directory(self, path: bytes) -> _Merged | None:
+        """Return the merged directory at ``path``, from the cache or its nearest cached parent."""
+        if not path:
+            return self._merged_root()
+        merged = self._cache.get(path)
+        if merged is not None:
+            self._cache.move_to_end(path)
+            return merged
+        missing: list[bytes] = []
+        above = path
+        while above and merged is None:
+            above, _, name = above.rpartition(b"/")
+            missing.append(name)
+            merged = self._cache.get(above)
+        merged = merged or self._merged_root()
+        while missing:
+            child = self._descend(merged, missing.pop())
+            if child is None:
+                return None
+            self._remember(child)
+            merged = child
+        return merged
+
+    def _remember(self, merged: _Merged) -> None:
+        self._cache[merged.path] = merged
+        self._open += len(merged.parts)
+        while self._open > _DESCRIPTORS and len(self._cache) > 1:
+            _, old = self._cache.popitem(last=False)
+            self._open -= len(old.parts)
+            old.close()
+
+    def _descend(self, merged: _Merged, name: bytes) -> _Merged | None:
+        path = merged.path + b"/" + name if merged.path else name
+        child = _Merged(path, [])
+        try:
+            for position, (layer, directory) in enumerate(merged.parts):
+                try:
+                    descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
+                except FileNotFoundError:
+                    continue
+                except OSError as error:
+                    if error.errno in {errno.ENOTDIR, errno.ELOOP}:
+                        break
+                    if error.errno == errno.ENAMETOOLONG:
+                        return None
+                    raise
+                child.parts.append((layer, descriptor))
+                if position + 1 < len(merged.parts) and self._is_opaque(descriptor):
+                    break
+        except BaseException:
+            child.close()
+            raise
+        return child if child.parts else None
+
+    @staticmethod
+    def _top(merged: _Merged, name: bytes) -> tuple[int, os.stat_result] | None:
+        for layer, directory in merged.parts:
+            try:
+                status = os.stat(name, dir_fd=directory, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                if error.errno == errno.ENAMETOOLONG:
+                    return None
+                raise
+            return None if is_whiteout(status) else (layer, status)
+        return None
+
+    def _list(self, merged: _Merged) -> list[Node]:
+        seen: set[str] = set()
+        found: list[tuple[bytes, int, os.stat_result]] = []
+        for layer, directory in merged.parts:
+            with os.scandir(directory) as entries:
+                for entry in entries:
+                    if entry.name in seen:
+                        continue
+                    seen.add(entry.name)
+                    status = entry.stat(follow_symlinks=False)
+                    if not is_whiteout(status):
+                        found.append((os.fsencode(entry.name), layer, status))
+        found.sort(key=lambda item: item[0])
+        prefix = merged.path + b"/" if merged.path else b""
+        return [self._node(prefix + name, layer, status) for name, layer, status in found]
+
+    def _node(self, path: bytes, layer: int, status: os.stat_result) -> Node:
+        mode = status.st_mode
+        uid, gid, rdev = status.st_uid, status.st_gid, status.st_rdev
+        node = Node(
+            path,
+            stat.S_IFMT(mode),
+            stat.S_IMODE(mode),
+            uid,
+            gid,
+            status.st_size,
+            status.st_mtime_ns,
+            (os.major(rdev), os.minor(rdev)) if rdev else (0, 0),
+            (layer, status.st_ino),
+            status.st_nlink,
+        )
+        if not self.privileged:
+            self._correct(node)
+        return node
+
+    def _correct(self, node: Node) -> None:
+        record = self._record(node.layer, node.path)
+        if record is None:
+            node.uid, node.gid = OWNER
+            return
+        node.file_type, node.mode = record.file_type, record.mode
+        node.uid, node.gid, node.device = record.uid, record.gid, record.device
+
+    def _record(self, layer: int, path: bytes) -> Record | None:
+        if self.privileged or layer < 0:
+            return None
+        records = self._records.get(layer)
+        if records is None:
+            records = self._records[layer] = read_entry_list(self.lowers[layer])
+        return records.get(path)
+
+    def _place(self, node: Node) -> tuple[int, bytes]:
+        """Return the descriptor of the directory that really holds the node, and its name there."""
+        parent, _, name = node.path.rpartition(b"/")
+        merged = self._directory(parent)
+        if merged is not None:
+            for layer, directory in merged.parts:
+                if layer == node.layer:
+                    return directory, name or b"."
+        raise StorageError(escape(node.path), "changed while it was read")
+
+    def _read_xattrs(self, node: Node) -> dict[bytes, bytes]:
+        if node.layer < 0:
+            return {}
+        directory, name = self._place(node)
+        # No *at() form exists; the magic link names the parent, its last part is not followed.
+        path = b"/proc/self/fd/%d/%s" % (directory, name)
+        attributes: dict[bytes, bytes] = {}
+        try:
+            keys = os.listxattr(path, follow_symlinks=False)
+        except OSError as error:
+            if error.errno == errno.ENOTSUP:
+                return attributes
+            raise
+        for key in keys:
+            raw = os.fsencode(key)
+            if not raw.startswith(PRIVATE_PREFIXES) and raw not in HOST_LABELS:
+                attributes[raw] = os.getxattr(path, key, follow_symlinks=False)
+        return attributes
+
+    def _is_opaque(self, descriptor: int) -> bool:
+        return self._attribute(descriptor, OPAQUE) == b"y"
+
+    def _attribute(self, descriptor: int, name: str) -> bytes | None:
+        try:
+            return os.getxattr(descriptor, self._namespace + name)
+        except OSError as error:
+            if error.errno in {errno.ENODATA, errno.ENOTSUP}:
+                return None
+            raise
+
+    def _error(self, error: OSError, path: bytes) -> StorageError:
+        top = self.lowers[0] if self.lowers else ""
+        return storage_error(error, f"{top}/{escape(path)}", "read a layer tree")
