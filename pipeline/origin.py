@@ -1,67 +1,67 @@
-"""Where content comes from: one shape for registries, mirrors, peers and images on disk.
+"""Where bytes come from, as the rest sees it: a registry, a peer, or an image on disk.
 
-Invariant: what an origin hands over as a manifest was hashed; the bytes of a blob were not, and are
-proven by whoever takes them.
+Invariant: an origin hands out bytes and says what they claim to be; that they are right is proven by
+whoever stores them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from types import TracebackType
 
+    from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
-    from stowray.pipeline.image import Descriptor
-    from stowray.pipeline.reference import Reference
+    from stowray.pipeline.source import Source
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference names now; ``body`` is the hashed document when it came along."""
+    """What a reference points to now, and its verified body when that came with the answer."""
 
     descriptor: Descriptor
     body: bytes | None = None
-    source: str = ""
 
 
 class BlobStream(Protocol):
-    """The bytes of one blob from ``offset`` on, not verified; to be closed on every path.
+    """The bytes of one blob from ``offset`` on; closed by whoever opened it."""
 
-    ``source`` names the host or file that serves it. ``offset`` may be smaller than the one asked
-    for (a server that knows no ranges): the reader discards up to where it wants to go on.
-    """
+    @property
+    def offset(self) -> int:
+        """Where the stream really starts: not always where it was asked to."""
 
-    offset: int
-    source: str
+    @property
+    def source(self) -> str:
+        """Who serves it, for reports: a host or a path, without credentials."""
 
-    def read(self, size: int = 1 << 20) -> bytes:
-        """Return at most ``size`` bytes, ``b""`` at the end of what this source sends."""
+    def read(self, size: int) -> bytes:
+        """Return up to ``size`` bytes; none at the end."""
 
     def close(self) -> None:
-        """Free the connection or file; calling it twice is harmless."""
+        """Give back the connection or descriptor; may be called twice."""
 
-    def __enter__(self) -> Self: ...
+    def __enter__(self) -> BlobStream:
+        """Return the stream itself."""
 
-    def __exit__(self, *details: object) -> None: ...
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Close the stream."""
 
 
 class Origin(Protocol):
-    """A place that images come from; every method may be called from several threads."""
+    """Three questions that every source of images answers; safe to ask from several threads."""
 
-    def resolve(self, reference: Reference) -> Resolved:
-        """Return what ``reference`` names now."""
+    def resolve(self, reference: Source) -> Resolved:
+        """Return what ``reference`` points to, or raise ``NotFoundError``."""
 
-    def manifest(self, reference: Reference, digest: Digest, size: int | None = None) -> bytes:
-        """Return the index, manifest or config ``digest`` of the repository, hashed."""
+    def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
+        """Return the verified document ``digest``: a manifest or index."""
 
-    def open_blob(
-        self,
-        reference: Reference,
-        descriptor: Descriptor,
-        offset: int = 0,
-        *,
-        cancelled: Callable[[], bool] | None = None,
-    ) -> BlobStream:
-        """Return the blob's bytes from ``offset`` on; a wait in it ends when ``cancelled()``."""
+    def open_blob(self, reference: Source, descriptor: Descriptor, offset: int = 0) -> BlobStream:
+        """Return the unverified bytes of a blob, from ``offset`` on if the source can."""
