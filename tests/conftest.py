@@ -1,0 +1,69 @@
+"""What all tests share: who may run where, and the real parts that are made once per session."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.support import docker_registry, peers
+from tests.support.catalogue import Catalogue
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+TESTS = Path(__file__).parent
+ONE_BY_ONE = (TESTS / "real", TESTS / "cluster")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep the heavy tests on one worker, and say why a test cannot run here."""
+    for item in items:
+        if any(folder in item.path.parents for folder in ONE_BY_ONE):
+            # Read by pytest-xdist (`--dist loadgroup`): one group is run by one worker, in order.
+            item.add_marker(pytest.mark.xdist_group("one-by-one"))
+        if item.get_closest_marker("root") and os.geteuid() != 0:
+            item.add_marker(pytest.mark.skip(reason="needs root"))
+        wanted = item.get_closest_marker("peers")
+        if wanted:
+            absent = peers.missing(*(wanted.args or ("docker-registry", "skopeo", "umoci")))
+            if absent:
+                reason = f"not installed: {', '.join(absent)} (make deps)"
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def fast_tmp() -> Iterator[Path]:
+    """A folder of this session in memory where there is one: stores and registries of real tests.
+
+    A store in it does what it does on a disk; only `fsync` costs nothing.
+    """
+    memory = Path("/dev/shm")
+    parent = memory if memory.is_dir() and os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="stowray-tests-", dir=parent) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def workspace(fast_tmp: Path) -> Iterator[Path]:
+    """A folder of this test below `fast_tmp`, removed at its end."""
+    with tempfile.TemporaryDirectory(prefix="test-", dir=fast_tmp) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="session")
+def catalogue() -> Catalogue:
+    """The test images, kept between sessions (`STOWRAY_TEST_CACHE`)."""
+    return Catalogue()
+
+
+@pytest.fixture(scope="session")
+def real_registry(fast_tmp: Path) -> Iterator[docker_registry.DockerRegistry]:
+    """A `docker-registry` of this session, empty at first."""
+    peers.require(docker_registry.PROGRAM)
+    with docker_registry.running(fast_tmp / "registry") as registry:
+        yield registry
