@@ -1,0 +1,120 @@
+"""The journal of an ingest: which prefixes were hashed to what, and by whom.
+
+Invariant: a checkpoint is believed only after the file's bytes hash to it again, so a journal that
+a crash cut short or damaged can only make a resume shorter, never wrong.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from stowray.pipeline.files import read_regular, replace_file, write_all
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stowray.pipeline.clock import Boot
+
+VERSION = 1
+_LIMIT = 64 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The digest of the first ``offset`` bytes of a generation's data."""
+
+    generation: int
+    offset: int
+    digest: bytes
+
+
+@dataclass(slots=True)
+class History:
+    """What a journal says about its last generation."""
+
+    generation: int = 0
+    boot: tuple[str, str] = ("", "")
+    checkpoints: list[Checkpoint] = field(default_factory=list)
+
+    def until(self, offset: int) -> list[Checkpoint]:
+        """Return the checkpoints that lie within the first ``offset`` bytes."""
+        return [point for point in self.checkpoints if point.offset <= offset]
+
+    def last(self, offset: int) -> int:
+        """Return where the last checkpoint within ``offset`` bytes is."""
+        return max((point.offset for point in self.until(offset)), default=0)
+
+
+class Journal:
+    """An append-only msgpack file: a header per generation, then its checkpoints."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._descriptor = -1
+
+    def read(self) -> History:
+        """Return what can be read of the last generation; damage ends the reading."""
+        import msgpack
+
+        history = History()
+        try:
+            data = read_regular(self._path, _LIMIT)
+        except FileNotFoundError:
+            return history
+        unpacker = msgpack.Unpacker(max_buffer_size=_LIMIT + 1)
+        unpacker.feed(data)
+        try:
+            for item in unpacker:
+                if not _take(history, item):
+                    break
+        except (ValueError, msgpack.UnpackException):
+            # A torn or damaged tail: what was read before it still has to prove itself.
+            return history
+        return history
+
+    def rewrite(self, generation: int, boot: Boot, checkpoints: list[Checkpoint]) -> None:
+        """Begin the journal anew with a header and the checkpoints that are still true."""
+        import msgpack
+
+        self.close()
+        header = ["generation", VERSION, generation, boot.boot_id, boot.host]
+        points = [["checkpoint", generation, point.offset, point.digest] for point in checkpoints]
+        replace_file(self._path, b"".join(msgpack.packb(item) for item in [header, *points]))
+        self._descriptor = os.open(
+            self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        )
+
+    def append_checkpoint(self, point: Checkpoint) -> None:
+        """Add one checkpoint."""
+        import msgpack
+
+        item = ["checkpoint", point.generation, point.offset, point.digest]
+        write_all(self._descriptor, msgpack.packb(item))
+
+    def close(self) -> None:
+        """Close the file; idempotent."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+
+def _take(history: History, item: object) -> bool:
+    """Add one journal item to ``history``; False when it is not one of ours."""
+    match item:
+        case ["generation", int(version), int(generation), str(boot_id), str(host)]:
+            if version != VERSION:
+                return False
+            history.generation = generation
+            history.boot = (boot_id, host)
+            history.checkpoints = []
+            return True
+        case ["checkpoint", int(generation), int(offset), bytes(digest)]:
+            previous = history.checkpoints[-1].offset if history.checkpoints else 0
+            if generation != history.generation or offset <= previous:
+                return False
+            history.checkpoints.append(Checkpoint(generation, offset, digest))
+            return True
+        case _:
+            return False

@@ -1,0 +1,157 @@
+"""The records of the images that are here, one file per reference and platform.
+
+Invariant: a reference's record is replaced in one step, and ``index.json`` follows it under one
+lock. While a change is under way a marker lies in ``refs/``; whoever finds it derives the whole
+index anew, so that a crash between the two leaves no stale index behind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+from stowray.pipeline.failpoint import failpoint
+from stowray.pipeline.files import translated
+from stowray.pipeline.recordfile import require_record_file
+from stowray.pipeline.records import ReferenceRecord, parse_record, read_record, write_record
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stowray.pipeline.store import Store
+
+_LOCK_SECONDS = 60.0
+_MARKER = ".changing"
+_REMEDY = "pull its image again, or remove the file if you no longer want that image"
+
+
+def reference_directory(store: Store, canonical: str) -> Path:
+    """Return the directory of a reference's records; the text may be of any length."""
+    return store.path / "refs" / hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def record_path(store: Store, canonical: str, platform: str) -> Path:
+    """Return the path of one record."""
+    name = hashlib.sha256(platform.encode()).hexdigest()[:32]
+    return reference_directory(store, canonical) / f"{name}.json"
+
+
+def find_reference(store: Store, canonical: str, platform: str) -> ReferenceRecord | None:
+    """Return the record of a reference for one platform, or None."""
+    record = read_record(record_path(store, canonical, platform), store.trust)
+    return None if record is None else ReferenceRecord.parse(record.payload)
+
+
+def references(store: Store, canonical: str | None = None) -> list[ReferenceRecord]:
+    """Return every readable record (of one reference), by reference and platform."""
+    found: list[ReferenceRecord] = []
+    for path in _paths(store, canonical):
+        record = read_record(path, store.trust)
+        parsed = None if record is None else ReferenceRecord.parse(record.payload)
+        if parsed is not None:
+            found.append(parsed)
+    return sorted(found, key=lambda record: (record.reference, record.platform))
+
+
+def require_references(store: Store) -> list[ReferenceRecord]:
+    """Return every record; a damaged one is a ``StorageError`` that names it and the remedy."""
+    found: list[ReferenceRecord] = []
+    for path in _paths(store, None):
+        content = require_record_file(path, _REMEDY)
+        if content is None:
+            continue  # removed since it was listed
+        record = parse_record(content, store.trust)
+        parsed = None if record is None else ReferenceRecord.parse(record.payload)
+        if parsed is None:
+            from stowray.pipeline.errors import StorageError
+
+            raise StorageError(str(path), f"this record is of an unknown form: {_REMEDY}")
+        found.append(parsed)
+    return found
+
+
+def record_reference(store: Store, record: ReferenceRecord) -> None:
+    """Write one record and derive the index."""
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
+        whole = _begin(store)
+        path = record_path(store, record.reference, record.platform)
+        write_record(path, record.payload(), store.trust.stamp())
+        failpoint("reference-recorded")
+        _derive(store, record.reference, whole=whole)
+        _end(store)
+
+
+def remove_reference(store: Store, canonical: str, platform: str | None = None) -> int:
+    """Forget a reference, for one platform or for all; return how many records went."""
+    directory = reference_directory(store, canonical)
+    removed = 0
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS), translated(directory, "forget an image"):
+        paths = (
+            _paths(store, canonical)
+            if platform is None
+            else [record_path(store, canonical, platform)]
+        )
+        whole = _begin(store)
+        for path in paths:
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                continue
+            removed += 1
+        if directory.is_dir() and not any(directory.iterdir()):
+            directory.rmdir()
+        failpoint("reference-removed")
+        _derive(store, canonical, whole=whole)
+        _end(store)
+    return removed
+
+
+def derive_index(store: Store) -> None:
+    """Derive ``index.json`` anew from all records."""
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
+        _begin(store)
+        _derive(store, "", whole=True)
+        _end(store)
+
+
+def _paths(store: Store, canonical: str | None) -> list[Path]:
+    root = store.path / "refs"
+    with translated(root, "list the references"):
+        if canonical is None:
+            directories = [entry for entry in root.iterdir() if not entry.name.startswith(".")]
+        else:
+            directories = [reference_directory(store, canonical)]
+        found: list[Path] = []
+        for directory in directories:
+            try:
+                entries = list(directory.iterdir())
+            except FileNotFoundError:
+                continue
+            found += [entry for entry in entries if not entry.name.startswith(".")]
+    return sorted(found)
+
+
+def _begin(store: Store) -> bool:
+    """Set the marker; True when it was there, so that the whole index is to be derived."""
+    marker = store.path / "refs" / _MARKER
+    with translated(marker, "mark a change of the references"):
+        try:
+            marker.touch(mode=0o600, exist_ok=False)
+        except FileExistsError:
+            return True
+    return False
+
+
+def _end(store: Store) -> None:
+    marker = store.path / "refs" / _MARKER
+    with translated(marker, "mark a change of the references"):
+        marker.unlink()
+
+
+def _derive(store: Store, canonical: str, *, whole: bool) -> None:
+    from stowray.pipeline.layout import rewrite_index
+
+    if whole:
+        rewrite_index(store.path, references(store), only=None)
+    else:
+        rewrite_index(store.path, references(store, canonical), only=canonical)

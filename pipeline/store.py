@@ -1,0 +1,547 @@
+"""The content store: an OCI image layout with our records beside it.
+
+Invariant: a blob is visible under its digest only after size and digest were proven, and is used
+only while it is trusted (``trust``) or after it was proven again; one that fails is put aside and
+counts as absent. Nothing here waits for the disk, except ``sync``. Any number of threads, processes
+and hosts may have one store open.
+
+STORE/ oci-layout index.json blobs/       what other tools read; ``index.json`` is derived
+       refs/ sources/ durable/            records: references, blobs, what survives a power cut
+       ingest/ layers/ snapshots/         arriving blobs, layer trees, chain IDs
+       leases/ locks/ quarantine/ trash/  what is held, and what is on its way out
+       nonce version capabilities.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import re
+import secrets
+import stat
+import threading
+import weakref
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from stowray.pipeline.clock import Boot, boot_time_ns
+from stowray.pipeline.digest import HEX_LENGTHS, Digest
+from stowray.pipeline.errors import (
+    DigestMismatchError,
+    NotFoundError,
+    StorageError,
+)
+from stowray.pipeline.failpoint import failpoint
+from stowray.pipeline.files import (
+    TEMPORARY,
+    make_directory,
+    open_regular,
+    read_regular,
+    replace_file,
+    storage_error,
+    translated,
+    write_all,
+)
+from stowray.pipeline.locks import is_current, locked
+from stowray.pipeline.recordfile import encode_record, read_record_file
+from stowray.pipeline.records import BlobRecord, Record, read_record, write_record
+from stowray.pipeline.trust import Stamp, Trust
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from contextlib import AbstractContextManager
+
+    from stowray.pipeline.follower import Follower
+    from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.leases import Lease
+    from stowray.pipeline.probe import Capabilities
+    from stowray.pipeline.records import ReferenceRecord
+
+FORMAT = 1
+RESERVE_BYTES = 64 << 20
+LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
+EMPTY_INDEX = (
+    b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
+)
+DIRECTORIES = (
+    "blobs",
+    *(f"blobs/{algorithm}" for algorithm in HEX_LENGTHS),
+    "refs",
+    "sources",
+    *(f"sources/{algorithm}" for algorithm in HEX_LENGTHS),
+    "durable",
+    "ingest",
+    "layers",
+    "snapshots",
+    "leases",
+    "locks",
+    "quarantine",
+    "trash",
+)
+FILES = {"oci-layout", "index.json", "nonce", "version", "capabilities.json"}
+_LOCK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,180}")
+_LOCK_SECONDS = 30.0
+_READ_SIZE = 1 << 20
+
+
+class Store:
+    """One store directory; open it with ``Store.open``, safe to share between threads."""
+
+    format: ClassVar[int] = FORMAT
+
+    def __init__(
+        self,
+        path: Path,
+        descriptor: int,
+        boot: Boot,
+        now_ns: Callable[[], int],
+        *,
+        writable: bool,
+        nonce: str,
+    ) -> None:
+        """Take over an open directory ``descriptor``; use ``Store.open``."""
+        self.path = path
+        self.boot = boot
+        self.writable = writable
+        self.nonce = nonce
+        self.reserve_bytes = RESERVE_BYTES
+        self.trust = Trust(path / "durable", boot, now_ns)
+        self._descriptor = descriptor
+        self._closer = weakref.finalize(self, os.close, descriptor)
+        self._proven: dict[Digest, tuple[int, int, int, int]] = {}
+        self._guard = threading.Lock()
+        self._capabilities: Capabilities | None = None
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        boot: Boot | None = None,
+        create: bool = True,
+        now_ns: Callable[[], int] = boot_time_ns,
+    ) -> Store:
+        """Open the store at ``path``; with ``create`` make it if need be and demand write access.
+
+        Without ``create`` a store on a read-only file system can be read. The descriptor that
+        ``sync`` needs is opened here, before the first write.
+        """
+        path = Path(os.path.abspath(path))
+        descriptor = _open_root(path, create=create)
+        try:
+            version, found = _read_version(path), None
+            if version is None:
+                if not create:
+                    raise StorageError(str(path), "no store here: pull an image into it first")
+                found = _create(path, descriptor)
+                version = FORMAT
+            if version > FORMAT:
+                raise StorageError(
+                    str(path),
+                    f"written by a newer stowray (store format {version}, this one knows "
+                    f"{FORMAT}): upgrade stowray or choose another --store",
+                )
+            writable = os.access(path, os.W_OK | os.X_OK, effective_ids=True)
+            if create and not writable:
+                raise StorageError(
+                    str(path), "this store cannot be written to: choose another --store"
+                )
+            with translated(path, "open the store"):
+                nonce = read_regular(path / "nonce", 256).decode("ascii", "replace").strip()
+        except BaseException:
+            os.close(descriptor)
+            raise
+        store = cls(path, descriptor, boot or Boot.read(), now_ns, writable=writable, nonce=nonce)
+        if found is not None:
+            store._remember(found)
+        if writable:
+            store.capabilities.require(path)
+        return store
+
+    def close(self) -> None:
+        """Close the store's own descriptor; idempotent, and also done when it is collected."""
+        self._closer()
+
+    def __enter__(self) -> Store:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+    @property
+    def capabilities(self) -> Capabilities:
+        """What the file system under the store can do; probed once per boot, device and user."""
+        from stowray.pipeline.probe import Capabilities, probe
+
+        if self._capabilities is None:
+            cached = read_record_file(self.path / "capabilities.json") or {}
+            found = Capabilities.parse(cached.get("capabilities"))
+            if found is None or (self.writable and cached.get("key") != self._probe_key()):
+                found = probe(self.path)
+                self._remember(found)
+            self._capabilities = found
+        return self._capabilities
+
+    def _probe_key(self) -> dict[str, Any]:
+        """Return what a probe's result holds for."""
+        return {
+            "boot_id": self.boot.boot_id,
+            "host": self.boot.host,
+            "device": os.fstat(self._descriptor).st_dev,
+            "uid": os.geteuid(),
+        }
+
+    def _remember(self, found: Capabilities) -> None:
+        path = self.path / "capabilities.json"
+        content = {"key": self._probe_key(), "capabilities": found.payload()}
+        with translated(path, "record what the file system can do"):
+            replace_file(path, encode_record(content))
+        self._capabilities = found
+
+    # -- blobs ------------------------------------------------------------------------------------
+
+    def blob_path(self, digest: Digest) -> Path:
+        """Return where the blob lies once it is committed."""
+        digest = Digest(digest)
+        return self.path / "blobs" / digest.algorithm / digest.encoded
+
+    def ingest_path(self, digest: Digest) -> Path:
+        """Return the directory of the digest's ingest."""
+        digest = Digest(digest)
+        return self.path / "ingest" / f"{digest.algorithm}-{digest.encoded}"
+
+    def source_path(self, digest: Digest) -> Path:
+        """Return the path of the digest's record."""
+        digest = Digest(digest)
+        return self.path / "sources" / digest.algorithm / digest.encoded
+
+    def has(self, digest: Digest, size: int | None = None) -> bool:
+        """Say whether the blob is committed and trusted, proving it again if it is not trusted.
+
+        One that fails the proof is put aside. With ``size`` a blob of another size is not it.
+        """
+        digest = Digest(digest)
+        try:
+            descriptor = self._open_trusted(digest)
+        except NotFoundError:
+            return False
+        try:
+            return size is None or os.fstat(descriptor).st_size == size
+        finally:
+            os.close(descriptor)
+
+    def open_blob(self, digest: Digest) -> int:
+        """Return a read-only descriptor of a committed and trusted blob, or ``NotFoundError``."""
+        return self._open_trusted(Digest(digest))
+
+    def read_blob(self, digest: Digest, limit: int) -> bytes:
+        """Return a small document, hashed once more; at most ``limit`` bytes."""
+        digest = Digest(digest)
+        path = self.blob_path(digest)
+        try:
+            with translated(path, "read a blob"):
+                data = read_regular(path, limit)
+        except StorageError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                raise NotFoundError(str(digest), str(self.path)) from error
+            raise
+        if not digest.matches(data):
+            self.quarantine(digest)
+            raise NotFoundError(str(digest), str(self.path))
+        return data
+
+    def put_blob(self, digest: Digest, data: bytes) -> None:
+        """Commit a small document; success as well when it is there already."""
+        digest = Digest(digest)
+        if not digest.matches(data):
+            actual = Digest.of(data, digest.algorithm)
+            raise DigestMismatchError(str(digest), str(digest), str(actual))
+        if self.has(digest, len(data)):
+            return
+        temporary = self.path / "ingest" / f"{TEMPORARY}{secrets.token_hex(8)}"
+        path = self.blob_path(digest)
+        with translated(path, f"store the {len(data)} bytes of {digest}"):
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+            descriptor = os.open(temporary, flags, 0o600)
+            try:
+                # Locked while it is written: the collector removes only what nobody holds.
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                write_all(descriptor, data)
+                os.fchmod(descriptor, 0o444)
+                failpoint("put-before-rename")
+                temporary.rename(path)
+            except BaseException:
+                temporary.unlink(missing_ok=True)
+                raise
+            finally:
+                os.close(descriptor)
+        failpoint("put-after-rename")
+        self.record_blob(digest, len(data))
+
+    def quarantine(self, digest: Digest) -> None:
+        """Put a damaged blob aside, so that the next pull fetches it again."""
+        digest = Digest(digest)
+        path = self.blob_path(digest)
+        with self._guard:
+            self._proven.pop(digest, None)
+        name = f"{digest.algorithm}-{digest.encoded}-{secrets.token_hex(4)}"
+        with translated(path, "put a damaged blob aside"):
+            try:
+                path.rename(self.path / "quarantine" / name)
+            except FileNotFoundError:
+                return
+
+    def acquire(self, digest: Digest, size: int) -> Ingest | None:
+        """Become the blob's writer without waiting; None when another live writer is at it.
+
+        The blob may have been committed meanwhile: then ``offset`` is the size and ``commit`` has
+        nothing left to do.
+        """
+        from stowray.pipeline.ingest import acquire
+
+        return acquire(self, Digest(digest), size)
+
+    def follow(
+        self,
+        digest: Digest,
+        size: int,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+        grace_seconds: float = 30.0,
+    ) -> Follower:
+        """Return a reader of the blob, whether it is here, arriving or not yet begun."""
+        from stowray.pipeline.follower import Follower
+
+        return Follower(
+            self, Digest(digest), size, cancelled=cancelled, grace_seconds=grace_seconds
+        )
+
+    # -- records ----------------------------------------------------------------------------------
+
+    def write_record(
+        self, path: Path, payload: dict[str, Any], *, stamp: Stamp | None = None
+    ) -> None:
+        """Replace the record at ``path``, stamped now: what it speaks of is complete."""
+        write_record(path, payload, stamp or self.trust.stamp())
+
+    def read_record(self, path: Path) -> Record | None:
+        """Return the record at ``path``, or None when it is missing or damaged."""
+        return read_record(path, self.trust)
+
+    def blob_record(self, digest: Digest) -> BlobRecord:
+        """Return what is known of a digest; an empty record when nothing is."""
+        record = self.read_record(self.source_path(digest))
+        return BlobRecord() if record is None else BlobRecord.parse(record.payload)
+
+    def confirm(self, digest: Digest, repository: str) -> None:
+        """Record that ``repository`` (with its registry) served or confirmed the digest."""
+        digest = Digest(digest)
+        if repository not in self.blob_record(digest).repositories:
+            with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+                record = self.blob_record(digest).with_repository(repository)
+                self.write_record(self.source_path(digest), record.payload())
+
+    def confirmed(self, digest: Digest, repository: str) -> bool:
+        """Say whether ``repository`` served or confirmed the digest before."""
+        return repository in self.blob_record(digest).repositories
+
+    def record_blob(self, digest: Digest, size: int) -> None:
+        """Record that the committed blob has just been proven."""
+        with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+            old = self.blob_record(digest)
+            record = BlobRecord(size, old.repositories, self.trust.stamp())
+            self.write_record(self.source_path(digest), record.payload())
+
+    def record_reference(self, record: ReferenceRecord) -> None:
+        """Record an image that is here and derive ``index.json`` anew."""
+        from stowray.pipeline.references import record_reference
+
+        record_reference(self, record)
+
+    def find_reference(self, canonical: str, platform: str) -> ReferenceRecord | None:
+        """Return the record of a reference for one platform, or None."""
+        from stowray.pipeline.references import find_reference
+
+        return find_reference(self, canonical, platform)
+
+    def references(self) -> list[ReferenceRecord]:
+        """Return every readable reference record, by reference and platform."""
+        from stowray.pipeline.references import references
+
+        return references(self)
+
+    def remove_reference(self, canonical: str, platform: str | None = None) -> int:
+        """Forget a reference (for one platform or all); return how many records went."""
+        from stowray.pipeline.references import remove_reference
+
+        return remove_reference(self, canonical, platform)
+
+    # -- holding ----------------------------------------------------------------------------------
+
+    def lease(
+        self,
+        holder: str,
+        digests: Iterable[Digest] = (),
+        chain_ids: Iterable[str] = (),
+        persistent: bool = False,
+        mount_point: str = "",
+    ) -> Lease:
+        """Hold blobs and snapshots against the collector until the lease is closed."""
+        from stowray.pipeline.leases import Lease
+
+        return Lease.create(
+            self, holder, digests, chain_ids, persistent=persistent, mount_point=mount_point
+        )
+
+    def lock(
+        self,
+        name: str,
+        *,
+        wait_seconds: float,
+        cancelled: Callable[[], bool] | None = None,
+        shared: bool = False,
+    ) -> AbstractContextManager[None]:
+        """Hold the lock ``name`` for a block; ``DeadlineError`` when it stays taken."""
+        # Names that come and go with their content (they hold a digest) leave no file behind.
+        keep = not re.search(r"[0-9a-f]{64}", name)
+        if not _LOCK_NAME.fullmatch(name):
+            name = hashlib.sha256(name.encode()).hexdigest()
+            keep = False
+        path = self.path / "locks" / f"{name}.lock"
+        return locked(
+            path,
+            what=name,
+            wait_seconds=wait_seconds,
+            cancelled=cancelled,
+            shared=shared,
+            keep=keep or shared,
+        )
+
+    def sync(self) -> None:
+        """Bring everything written so far to the disk and mark it as durable."""
+        with self.lock("durable", wait_seconds=600.0):
+            self.trust.sync(self._descriptor)
+
+    # -- internals --------------------------------------------------------------------------------
+
+    def _open_trusted(self, digest: Digest) -> int:
+        path = self.blob_path(digest)
+        try:
+            descriptor = open_regular(path)
+        except FileNotFoundError:
+            raise NotFoundError(str(digest), str(self.path)) from None
+        except OSError as error:
+            raise storage_error(error, path, "open a blob") from error
+        try:
+            status = os.fstat(descriptor)
+            identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            with self._guard:
+                known = self._proven.get(digest) == identity
+            if not known:
+                record = self.blob_record(digest)
+                if record.size != status.st_size or not self.trust.trusts(record.verified):
+                    self._prove(digest, descriptor, record)
+                with self._guard:
+                    self._proven[digest] = identity
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return descriptor
+
+    def _prove(self, digest: Digest, descriptor: int, record: BlobRecord) -> None:
+        """Hash a blob that is not trusted; renew its record, or put it aside."""
+        path = self.blob_path(digest)
+        hasher = digest.hasher()
+        size = 0
+        with translated(path, "prove a blob again"):
+            if record.verified is not None and self.trust.is_suspect(record.verified):
+                # The disk failed: what counts is what it gives back, not the page cache.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+            while part := os.pread(descriptor, _READ_SIZE, size):
+                hasher.update(part)
+                size += len(part)
+        if f"{digest.algorithm}:{hasher.hexdigest()}" == digest:
+            if self.writable:
+                self.record_blob(digest, size)
+            return
+        # Only the very file that failed is put aside: another process may have replaced it.
+        if self.writable and is_current(descriptor, path):
+            self.quarantine(digest)
+        raise NotFoundError(str(digest), str(self.path))
+
+
+def _open_root(path: Path, *, create: bool) -> int:
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with translated(path, "open the store"):
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            if not create:
+                raise StorageError(
+                    str(path), "no store here: pull an image into it first"
+                ) from None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path)
+            return os.open(path, flags)
+
+
+def _read_version(path: Path) -> int | None:
+    """Return the store's format, or None when the directory is no (finished) store.
+
+    Nothing waits for the disk when a store is made, so a power cut may leave empty files: making it
+    once more mends them.
+    """
+    with translated(path, "open the store"):
+        try:
+            text = read_regular(path / "version", 64)
+            nonce = read_regular(path / "nonce", 256)
+        except FileNotFoundError:
+            return None
+    if not text.strip(b"\0") or not nonce.strip(b"\0"):
+        return None
+    if not re.fullmatch(rb"[0-9]{1,9}\n", text):
+        raise StorageError(
+            str(path / "version"),
+            f"damaged: write {FORMAT} into it if this store was made by this stowray",
+        )
+    return int(text)
+
+
+def _create(path: Path, descriptor: int) -> Capabilities | None:
+    """Make a store in an empty (or half made) directory; the version file is written last."""
+    from stowray.pipeline.probe import probe
+
+    with translated(path, "make a store"):
+        # The directory itself is the lock: two first pulls must not see each other's halves.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if _read_version(path) is not None:
+                return None
+            ours = {name.partition("/")[0] for name in DIRECTORIES} | FILES
+            for entry in path.iterdir():
+                if entry.name not in ours and not entry.name.startswith((TEMPORARY, ".probe-")):
+                    raise StorageError(
+                        str(path), "not empty and not a store: choose another --store"
+                    )
+            found = probe(path)
+            found.require(path)
+            os.fchmod(descriptor, stat.S_IRWXU)
+            for name in DIRECTORIES:
+                make_directory(path / name)
+            replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
+            replace_file(path / "oci-layout", LAYOUT, mode=0o644)
+            if not _has_bytes(path / "index.json"):
+                replace_file(path / "index.json", EMPTY_INDEX, mode=0o644)
+            failpoint("create-before-version")
+            replace_file(path / "version", f"{FORMAT}\n".encode())
+            return found
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+
+
+def _has_bytes(path: Path) -> bool:
+    try:
+        return path.lstat().st_size > 0
+    except FileNotFoundError:
+        return False
