@@ -1,0 +1,79 @@
+"""What of a URL or of foreign text may be shown.
+
+Invariant: nothing that passes through here carries a password, a token or a signed query string.
+Errors name URLs by :func:`public_url`; text that others wrote goes through :func:`redact_text`.
+"""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import urlsplit
+
+from stowray.pipeline.errors import escape
+
+# Queries that name what is asked for and grant nothing.
+HARMLESS_QUERIES = frozenset({"ns", "scope", "service"})
+DETAIL_LIMIT = 500
+
+_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
+_CREDENTIALS = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE)
+_JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)*")
+_ASSIGNED = re.compile(
+    r"(?P<name>[\w-]*(?:token|password|secret|signature|authorization|credential)[\w-]*"
+    r"[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s\"'&,;}<>]{4,})",
+    re.IGNORECASE,
+)
+_TARGET = re.compile(r"(/[^\s\"'?<>]*)\?[^\s\"'<>]+")
+
+
+def redact_url(url: str) -> str:
+    """Return ``url`` with its password and all query values that may grant something replaced."""
+    rest, mark, fragment = url.partition("#")
+    rest, _, query = rest.partition("?")
+    rest = _without_password(rest, "xxxxx")
+    if query:
+        pairs = sorted(
+            (name, value if name in HARMLESS_QUERIES else "REDACTED")
+            for name, _, value in (pair.partition("=") for pair in query.split("&"))
+        )
+        rest += "?" + "&".join(f"{name}={value}" for name, value in pairs)
+    return escape(rest + mark + fragment)
+
+
+def public_url(url: str) -> str:
+    """Return scheme, host and path of ``url``: of a signed URL nothing else may be shown."""
+    return escape(_without_password(re.split(r"[?#]", url, maxsplit=1)[0], None))
+
+
+def host_of(url: str) -> str:
+    """Return ``host[:port]`` of ``url``."""
+    return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def redact_text(text: str, secrets: tuple[str, ...] = (), limit: int = DETAIL_LIMIT) -> str:
+    """Return foreign text fit to be shown: no secrets, no control characters, not endless."""
+    for secret in secrets:
+        if len(secret) >= 4:
+            text = text.replace(secret, "REDACTED")
+    text = _URL.sub(lambda match: public_url(match[0]), text)
+    text = _TARGET.sub(r"\1", text)
+    text = _CREDENTIALS.sub(r"\1 REDACTED", text)
+    text = _JWT.sub("REDACTED", text)
+    text = _ASSIGNED.sub(r"\g<name>REDACTED", text)
+    text = escape(text.strip())
+    return text if len(text) <= limit else text[:limit] + "…"
+
+
+def _without_password(rest: str, replacement: str | None) -> str:
+    scheme, mark, tail = rest.partition("://")
+    if not mark:
+        return rest
+    authority, slash, path = tail.partition("/")
+    userinfo, at, host = authority.rpartition("@")
+    if at:
+        user, colon, _ = userinfo.partition(":")
+        if replacement is None:
+            authority = host
+        elif colon:
+            authority = f"{user}:{replacement}@{host}"
+    return f"{scheme}://{authority}{slash}{path}"
