@@ -1,14 +1,26 @@
-"""``index.json``: the store as an OCI image layout for other tools.
+"""``index.json``: the store as an OCI image layout that other tools read.
 
-Invariant: the index is derived from the reference records and says nothing that they do not say.
+Invariant: the index is derived from the reference records and says nothing that they do not say. No
+two entries have one name: skopeo takes the first of several and umoci refuses them all.
+
+An entry's name is the canonical reference where the image-spec's grammar of
+``org.opencontainers.image.ref.name`` allows it, because skopeo and umoci refuse to look up any other
+name. What the grammar forbids (``a__b``, ``:_x``, ``[::1]:5000/x``) is written as ``+`` and two
+upper-case hexadecimal digits per character, after a ``0`` where the name would begin with it:
+``a+5F+5Fb``, ``+`` being a character that no reference has. With several platforms of one reference
+the one that this host prefers has the plain name, the others ``NAME+linux.arm64``.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import re
 from typing import TYPE_CHECKING, Any
 
+from stowray.pipeline.errors import InvalidPlatformError, StorageError
 from stowray.pipeline.files import read_regular, replace_file, translated
+from stowray.pipeline.platform import Platform
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -19,54 +31,110 @@ if TYPE_CHECKING:
 REF_NAME = "org.opencontainers.image.ref.name"
 REFERENCE = "org.stowray.reference"
 INDEX_MEDIA_TYPE = "application/vnd.oci.image.index.v1+json"
+LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 _LIMIT = 256 << 20
+# image-spec annotations.md: components of [A-Za-z0-9]+ joined by one of [-._:@+], "--" or "/".
+_SEPARATORS = re.compile(r"[-._:@/]|--")
+_PARTS = re.compile(r"([A-Za-z0-9]+)")
 
 
 def spell(reference: str, platform: str = "") -> str:
-    """Return the name under which other tools find ``reference`` in the index."""
-    return reference if not platform else f"{reference}-{platform.replace('/', '-')}"
+    """Return the name in the index of ``reference``, for ``platform`` unless it has the plain name.
+
+    Distinct references have distinct names.
+    """
+    name = _escape(reference)
+    return f"{name}+{_escape(platform.replace('/', '.'))}" if platform else name
 
 
-def entries(records: Sequence[ReferenceRecord]) -> list[dict[str, Any]]:
-    """Return the index entries of the records of any references."""
-    found: list[dict[str, Any]] = []
-    for record in records:
-        found.append(
-            {
-                "mediaType": record.manifest_media_type,
-                "digest": str(record.manifest),
-                "size": record.manifest_size,
-                "annotations": {
-                    REF_NAME: spell(record.reference),
-                    REFERENCE: record.reference,
-                },
-            }
-        )
-    return found
+def entries(records: Sequence[ReferenceRecord], host: Platform) -> list[dict[str, Any]]:
+    """Return the index entries of any records, each name once."""
+    best: dict[str, ReferenceRecord] = {}
+    for record in sorted(records, key=lambda record: _preference(record, host)):
+        best.setdefault(record.reference, record)
+    return [_entry(record, plain=best[record.reference] is record) for record in records]
 
 
-def rewrite_index(path: Path, records: Sequence[ReferenceRecord], *, only: str | None) -> None:
-    """Write the index: all of it from ``records``, or only the entries of one reference."""
+def write_index(
+    path: Path, records: Sequence[ReferenceRecord], others: list[dict[str, Any]]
+) -> None:
+    """Write the index of the store at ``path``: entries for ``records`` beside ``others``."""
     index = path / "index.json"
-    kept: list[dict[str, Any]] = []
+    manifests = sorted(others + entries(records, Platform.host()), key=_name)
+    document = {"schemaVersion": 2, "mediaType": INDEX_MEDIA_TYPE, "manifests": manifests}
     with translated(index, "write the image index"):
-        if only is not None:
-            kept = [
-                entry
-                for entry in _manifests(index)
-                if entry.get("annotations", {}).get(REFERENCE) != only
-            ]
-        manifests = sorted(
-            kept + entries(records), key=lambda entry: str(entry["annotations"][REF_NAME])
-        )
-        document = {
-            "schemaVersion": 2,
-            "mediaType": INDEX_MEDIA_TYPE,
-            "manifests": manifests,
-        }
         replace_file(index, json.dumps(document, separators=(",", ":")).encode(), mode=0o644)
+        if not os.path.lexists(path / "oci-layout"):
+            replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
 
 
-def _manifests(index: Path) -> list[dict[str, Any]]:
-    manifests: list[dict[str, Any]] = json.loads(read_regular(index, _LIMIT))["manifests"]
-    return manifests
+def other_entries(path: Path, reference: str) -> list[dict[str, Any]] | None:
+    """Return the entries of all other references; None when the index must be derived anew."""
+    try:
+        document = json.loads(read_regular(path / "index.json", _LIMIT))
+        manifests: list[dict[str, Any]] = document["manifests"]
+        return [entry for entry in manifests if entry["annotations"][REFERENCE] != reference]
+    except (OSError, ValueError, TypeError, KeyError, StorageError):
+        # Missing, cut short by a crash, or written by another tool.
+        return None
+
+
+def _escape(text: str) -> str:
+    parts = _PARTS.split(text)
+    last = len(parts) - 1
+    escaped: list[str] = []
+    for position, part in enumerate(parts):
+        between = 0 < position < last
+        if position % 2 or (between and _SEPARATORS.fullmatch(part)):
+            escaped.append(part)
+        elif part:
+            lead = "0" if position == 0 else ""
+            escaped.append(lead + "".join(f"+{byte:02X}" for byte in part.encode()))
+    return "".join(escaped)
+
+
+def _preference(
+    record: ReferenceRecord, host: Platform
+) -> tuple[bool, tuple[int, int], float, str]:
+    """Return a key that sorts the record that this host would run first, then the oldest."""
+    try:
+        rank = host.rank(Platform.parse(record.platform))
+    except InvalidPlatformError:
+        rank = None
+    return (rank is None, rank or (0, 0), record.created, record.platform)
+
+
+def _entry(record: ReferenceRecord, *, plain: bool) -> dict[str, Any]:
+    entry: dict[str, Any] = {
+        "mediaType": record.manifest_media_type,
+        "digest": str(record.manifest),
+        "size": record.manifest_size,
+        "annotations": {
+            REF_NAME: spell(record.reference, "" if plain else record.platform),
+            REFERENCE: record.reference,
+        },
+    }
+    platform = _oci_platform(record.platform)
+    if platform:
+        entry["platform"] = platform
+    return entry
+
+
+def _oci_platform(text: str) -> dict[str, Any]:
+    """Return the entry's optional ``platform`` (image-spec image-index.md), empty for none."""
+    try:
+        platform = Platform.parse(text)
+    except InvalidPlatformError:
+        return {}  # an image whose config names none
+    fields = {
+        "architecture": platform.architecture,
+        "os": platform.os,
+        "variant": platform.variant,
+        "os.version": platform.os_version,
+        "os.features": list(platform.os_features),
+    }
+    return {name: value for name, value in fields.items() if value}
+
+
+def _name(entry: dict[str, Any]) -> str:
+    return str(entry["annotations"][REF_NAME])

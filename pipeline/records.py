@@ -10,10 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import InvalidDigestError
 from stowray.pipeline.files import replace_file, translated
-from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.recordfile import encode_record, read_record_file
 from stowray.pipeline.trust import Stamp
 

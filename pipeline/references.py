@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.store import Store
 
 _LOCK_SECONDS = 60.0
-_MARKER = ".changing"
+MARKER = ".changing"
 _REMEDY = "pull its image again, or remove the file if you no longer want that image"
 
 
@@ -133,7 +133,7 @@ def _paths(store: Store, canonical: str | None) -> list[Path]:
 
 def _begin(store: Store) -> bool:
     """Set the marker; True when it was there, so that the whole index is to be derived."""
-    marker = store.path / "refs" / _MARKER
+    marker = store.path / "refs" / MARKER
     with translated(marker, "mark a change of the references"):
         try:
             marker.touch(mode=0o600, exist_ok=False)
@@ -143,15 +143,16 @@ def _begin(store: Store) -> bool:
 
 
 def _end(store: Store) -> None:
-    marker = store.path / "refs" / _MARKER
+    marker = store.path / "refs" / MARKER
     with translated(marker, "mark a change of the references"):
         marker.unlink()
 
 
 def _derive(store: Store, canonical: str, *, whole: bool) -> None:
-    from stowray.pipeline.layout import rewrite_index
+    from stowray.pipeline.layout import other_entries, write_index
 
-    if whole:
-        rewrite_index(store.path, references(store), only=None)
+    others = None if whole else other_entries(store.path, canonical)
+    if others is None:
+        write_index(store.path, references(store), [])
     else:
-        rewrite_index(store.path, references(store, canonical), only=canonical)
+        write_index(store.path, references(store, canonical), others)

@@ -60,10 +60,6 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 RESERVE_BYTES = 64 << 20
-LAYOUT = b'{"imageLayoutVersion":"1.0.0"}'
-EMPTY_INDEX = (
-    b'{"schemaVersion":2,"mediaType":"application/vnd.oci.image.index.v1+json","manifests":[]}'
-)
 DIRECTORIES = (
     "blobs",
     *(f"blobs/{algorithm}" for algorithm in HEX_LENGTHS),
@@ -510,7 +506,9 @@ def _read_version(path: Path) -> int | None:
 
 def _create(path: Path, descriptor: int) -> Capabilities | None:
     """Make a store in an empty (or half made) directory; the version file is written last."""
+    from stowray.pipeline.layout import LAYOUT_FILE, other_entries, write_index
     from stowray.pipeline.probe import probe
+    from stowray.pipeline.references import MARKER
 
     with translated(path, "make a store"):
         # The directory itself is the lock: two first pulls must not see each other's halves.
@@ -530,18 +528,13 @@ def _create(path: Path, descriptor: int) -> Capabilities | None:
             for name in DIRECTORIES:
                 make_directory(path / name)
             replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
-            replace_file(path / "oci-layout", LAYOUT, mode=0o644)
-            if not _has_bytes(path / "index.json"):
-                replace_file(path / "index.json", EMPTY_INDEX, mode=0o644)
+            replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
+            if other_entries(path, "") is None:
+                # Missing, or cut short by a power cut: the marker has it derived at the next change.
+                write_index(path, [], [])
+                (path / "refs" / MARKER).touch(mode=0o600)
             failpoint("create-before-version")
             replace_file(path / "version", f"{FORMAT}\n".encode())
             return found
         finally:
             fcntl.flock(descriptor, fcntl.LOCK_UN)
-
-
-def _has_bytes(path: Path) -> bool:
-    try:
-        return path.lstat().st_size > 0
-    except FileNotFoundError:
-        return False
