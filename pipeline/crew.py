@@ -7,7 +7,7 @@ slots as staging slots, so that a stage never holds a worker for a fetch that ha
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stowray.pipeline.run import Outcome
 from stowray.pipeline.workers import WorkerPool
@@ -21,6 +21,26 @@ if TYPE_CHECKING:
     from stowray.pipeline.progress import Report
     from stowray.pipeline.settings import Settings
     from stowray.pipeline.store import Store
+
+
+class Crew(Protocol):
+    """Those who carry out the steps of plans; an engine has one."""
+
+    def start_early(self) -> None:
+        """Start what is slow to start, before it is needed."""
+
+    def submit(
+        self,
+        step: Step,
+        image: Image,
+        fetcher: Fetcher,
+        report: Report,
+        cancelled: Callable[[], bool],
+    ) -> Future[Outcome]:
+        """Start one step and return at once; see :class:`stowray.pipeline.run.Submit`."""
+
+    def close(self) -> None:
+        """End all that the crew started."""
 
 
 class LocalCrew:
@@ -44,7 +64,7 @@ class LocalCrew:
         report: Report,
         cancelled: Callable[[], bool],
     ) -> Future[Outcome]:
-        """Start one step; see :class:`stowray.pipeline.run.Submit`."""
+        """Start one step; see :class:`Crew`."""
         if step.kind == "fetch":
             if self._fetchers is None:
                 slots = max(self._settings.registry.connections, self._workers.size)

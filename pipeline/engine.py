@@ -9,33 +9,35 @@ from __future__ import annotations
 
 import threading
 import time
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.resolve import Request, Resolver, document_digests
-from stowray.pipeline.result import LayerResult, PullResult
+from stowray.pipeline.result import make_result
 from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import ReferenceRecord, Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from concurrent.futures import Future
 
-    from stowray.pipeline.crew import LocalCrew
-    from stowray.pipeline.disk_images import DiskImage
+    from stowray.pipeline.crew import Crew
     from stowray.pipeline.fetch import Fetcher
-    from stowray.pipeline.image import Image
+    from stowray.pipeline.image import Descriptor, Image
+    from stowray.pipeline.leases import Lease
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
     from stowray.pipeline.progress import Progress, Report
-    from stowray.pipeline.reference import Reference
     from stowray.pipeline.resolve import Policy
+    from stowray.pipeline.result import PullResult
     from stowray.pipeline.run import Outcome
     from stowray.pipeline.settings import Settings
+    from stowray.pipeline.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +66,22 @@ class LocalEngine:
         *,
         progress: Progress,
         store: Store | None = None,
+        crew: Crew | None = None,
         fork_workers: bool = False,
     ) -> None:
+        """Take what is given and make the rest when it is needed.
+
+        ``crew`` carries out the steps of plans, by default threads and processes of this machine.
+        """
         self.settings = settings
         self.progress = progress
         self.store = store or Store.open(settings.store_path())
         self.snapshots = Snapshots(self.store)
+        self.on_begin: Callable[[], None] | None = None
+        self._begun = False
         self._fork_workers = fork_workers
         self._lock = threading.Lock()
-        self._crew: LocalCrew | None = None
+        self._crew: Crew | None = crew
         self._sides: dict[str, tuple[Fetcher, Resolver]] = {}
         self._registry: Origin | None = None
 
@@ -88,18 +97,32 @@ class LocalEngine:
         if close is not None:
             close()
 
+    def resolve(
+        self,
+        source: Source,
+        options: PullOptions,
+        cancelled: Callable[[], bool] = never,
+    ) -> Descriptor:
+        """Return what ``source`` points to, an index or a manifest, fetching at most that."""
+        with self._reported(source):
+            request, resolver = self._request(source, options, cancelled)
+            descriptor = resolver.resolve(request)
+            request.report("resolve", source.canonical, "resolved")
+            return descriptor
+
     def image(
         self,
-        source: Reference | DiskImage,
+        source: Source,
         options: PullOptions,
         cancelled: Callable[[], bool] = never,
     ) -> Image:
         """Resolve ``source`` for the wanted platform, fetching documents only."""
-        return self._resolve(source, options, cancelled)[0]
+        with self._reported(source):
+            return self._resolve(source, options, cancelled)[0]
 
     def plan(
         self,
-        source: Reference | DiskImage,
+        source: Source,
         options: PullOptions,
         cancelled: Callable[[], bool] = never,
     ) -> tuple[Image, Plan]:
@@ -107,9 +130,25 @@ class LocalEngine:
         image = self.image(source, options, cancelled)
         return image, self._plan(image, options)
 
+    def hold_image(
+        self,
+        source: Source,
+        options: PullOptions,
+        cancelled: Callable[[], bool] = never,
+    ) -> tuple[Image, Lease]:
+        """Resolve ``source`` and return the image with a lease on all that it names."""
+        lease = self.store.lease(f"image {source.canonical}")
+        try:
+            image = self.image(source, options, cancelled)
+            lease.add(digests=_all_digests(image), chain_ids=image.chain_ids)
+        except BaseException:
+            lease.close()
+            raise
+        return image, lease
+
     def pull(
         self,
-        source: Reference | DiskImage,
+        source: Source,
         options: PullOptions,
         cancelled: Callable[[], bool] = never,
     ) -> PullResult:
@@ -118,58 +157,136 @@ class LocalEngine:
         Raises a StowrayError of the class that contract and exit code name; what was fetched by
         then is kept for the next run, and nothing unproven is visible.
         """
-        reference = source.canonical
-        report = self.progress.reporter(reference)
-        begun = time.perf_counter()
-        try:
-            with self.store.lease(f"pull {reference}") as lease:
-                image, requests = self._resolve(source, options, cancelled)
-                resolved = time.perf_counter()
-                lease.add(digests=_all_digests(image), chain_ids=image.chain_ids)
-                plan = self._plan(image, options)
-                _report_present(report, plan)
-                outcomes = self._carry_out(source, image, plan, report, cancelled)
-                self.store.record_reference(_record(source, image, options, self.store))
-        except StowrayError as error:
-            self.progress.fail_open(reference, str(error))
-            report("image", reference, "failed", error=str(error))
-            raise
-        if options.sync:
-            self.store.sync()
-        ended = time.perf_counter()
-        report("image", reference, "done")
-        return self._result(
-            image, plan, outcomes, requests, resolved - begun, ended - begun, reference
-        )
+        with self._reported(source), self.store.lease(f"pull {source.canonical}") as lease:
+            begun = time.perf_counter()
+            image, requests = self._resolve(source, options, cancelled)
+            seconds = time.perf_counter() - begun
+            lease.add(digests=_all_digests(image), chain_ids=image.chain_ids)
+            return self._pull(source, image, options, cancelled, requests, seconds)
 
-    def _resolve(
+    def pull_image(
         self,
-        source: Reference | DiskImage,
+        source: Source,
+        image: Image,
+        options: PullOptions,
+        cancelled: Callable[[], bool] = never,
+    ) -> PullResult:
+        """Pull an image that was resolved before; whoever calls holds a lease on it."""
+        with self._reported(source):
+            return self._pull(source, image, options, cancelled, 0, 0.0)
+
+    def pull_all_platforms(
+        self, source: Source, options: PullOptions, cancelled: Callable[[], bool] = never
+    ) -> list[PullResult]:
+        """Bring the content of every platform that ``source`` offers into the store, not unpacked."""
+        options = replace(options, unpack=False)
+        with self._reported(source), self.store.lease(f"pull {source.canonical}") as lease:
+            begun = time.perf_counter()
+            request, resolver = self._request(source, options, cancelled)
+            found = resolver.images(request)
+            seconds = time.perf_counter() - begun
+            results = []
+            for image in found:
+                lease.add(digests=_all_digests(image), chain_ids=())
+                requests = 0 if results else request.manifest_requests
+                results.append(
+                    self._pull(source, image, options, cancelled, requests, seconds)
+                )
+            return results
+
+    def _pull(
+        self,
+        source: Source,
+        image: Image,
         options: PullOptions,
         cancelled: Callable[[], bool],
+        requests: int,
+        resolve_seconds: float,
+    ) -> PullResult:
+        begun = time.perf_counter()
+        report = self.progress.reporter(source.canonical)
+        plan = self._plan(image, options)
+        _report_present(report, plan)
+        outcomes = self._carry_out(source, image, plan, report, cancelled)
+        self.store.record_reference(_record(source, image, options, self.store))
+        if options.sync:
+            self.store.sync()
+        seconds = _seconds(plan, outcomes, resolve_seconds, time.perf_counter() - begun)
+        report("image", source.canonical, "done")
+        return make_result(
+            source.canonical,
+            image,
+            plan,
+            outcomes,
+            requests=requests,
+            seconds=seconds,
+            engine=self.name,
+            node=self.settings.node_name,
+        )
+
+    @contextmanager
+    def _reported(self, source: Source) -> Iterator[None]:
+        """End all that was reported of ``source`` as failed when the block fails."""
+        try:
+            yield
+        except StowrayError as error:
+            self.progress.fail_open(source.canonical, str(error))
+            self.progress.record(
+                source.canonical, "image", source.canonical, "failed", error=str(error)
+            )
+            raise
+
+    def fetcher(self, source: Source) -> Fetcher:
+        """Return the fetcher for where ``source`` comes from."""
+        return self._get_side(source)[0]
+
+    def begin(self) -> None:
+        """Start the workers and then whatever else wants to know that there is work to do.
+
+        Forking is only sound while this process has a single thread, and resolver, fetchers and
+        display start more: so the workers come first.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        if self._fork_workers:
+            self._get_crew().start_early()
+        if self.on_begin is not None:
+            self.on_begin()
+
+    def _resolve(
+        self, source: Source, options: PullOptions, cancelled: Callable[[], bool]
     ) -> tuple[Image, int]:
+        request, resolver = self._request(source, options, cancelled)
+        image = resolver.image(request)
+        request.report("resolve", source.canonical, "resolved")
+        return image, request.manifest_requests
+
+    def _request(
+        self, source: Source, options: PullOptions, cancelled: Callable[[], bool]
+    ) -> tuple[Request, Resolver]:
         report = self.progress.reporter(source.canonical)
         request = Request(
             reference=source,
-            platform=self._platform(options),
+            platform=self.platform(options),
+            strict=self.settings.resolve.strict_platform,
             policy=options.policy,
             report=report,
             cancelled=cancelled,
         )
+        resolver = self._get_side(source)[1]
         report("resolve", source.canonical, "resolving")
-        if self._fork_workers and options.unpack:
-            # While this process has a single thread: the resolver and the fetchers start more.
-            self._get_crew().start_early()
-        image = self._get_resolver(source).image(request)
-        report("resolve", source.canonical, "resolved")
-        return image, request.manifest_requests
+        if not resolver.is_known(request):
+            self.begin()
+        return request, resolver
 
-    def _platform(self, options: PullOptions) -> Platform:
+    def platform(self, options: PullOptions) -> Platform:
+        """Return the platform that a pull with ``options`` asks for."""
         if options.platform is not None:
-            return options.platform
+            return options.platform.normalized()
         if self.settings.resolve.platform:
-            return Platform.parse(self.settings.resolve.platform)
-        return Platform.host()
+            return Platform.parse(self.settings.resolve.platform).normalized()
+        return Platform.host().normalized()
 
     def _plan(self, image: Image, options: PullOptions) -> Plan:
         return make_plan(
@@ -181,7 +298,7 @@ class LocalEngine:
 
     def _carry_out(
         self,
-        source: Reference | DiskImage,
+        source: Source,
         image: Image,
         plan: Plan,
         report: Report,
@@ -189,40 +306,39 @@ class LocalEngine:
     ) -> dict[str, Outcome]:
         if plan.is_complete:
             return {}
+        self.begin()
         crew = self._get_crew()
-        fetcher = self._get_fetcher(source)
+        fetcher = self.fetcher(source)
 
         def submit(step: Step, stop: Callable[[], bool]) -> Future[Outcome]:
             return crew.submit(step, image, fetcher, report, stop)
 
         return run_plan(plan, submit, cancelled)
 
-    def _get_crew(self) -> LocalCrew:
-        from stowray.pipeline.crew import LocalCrew
-
+    def _get_crew(self) -> Crew:
         with self._lock:
             if self._crew is None:
+                from stowray.pipeline.crew import LocalCrew
+
                 self._crew = LocalCrew(
                     self.settings, self.store, fork_workers=self._fork_workers
                 )
             return self._crew
 
-    def _get_resolver(self, source: Reference | DiskImage) -> Resolver:
-        return self._get_side(source)[1]
-
-    def _get_fetcher(self, source: Reference | DiskImage) -> Fetcher:
-        return self._get_side(source)[0]
-
-    def _get_side(self, source: Reference | DiskImage) -> tuple[Fetcher, Resolver]:
+    def _get_side(self, source: Source) -> tuple[Fetcher, Resolver]:
         """Return the fetcher and resolver for where ``source`` comes from."""
-        from stowray.pipeline.disk_images import DiskImage
-        from stowray.pipeline.fetch import Fetcher
+            from stowray.pipeline.fetch import Fetcher
 
         key = source.canonical if isinstance(source, DiskImage) else ""
         with self._lock:
             side = self._sides.get(key)
             if side is None:
-                origin: Origin = source if isinstance(source, DiskImage) else self._get_registry()
+                if isinstance(source, DiskImage):
+                    from stowray.pipeline.disk_images import open_disk_image
+
+                    origin = open_disk_image(source)
+                else:
+                    origin = self._get_registry()
                 fetcher = Fetcher(self.store, [origin], self.settings.registry)
                 resolver = Resolver(
                     origin,
@@ -239,38 +355,6 @@ class LocalEngine:
         if self._registry is None:
             self._registry = Registry(self.settings.registry)
         return self._registry
-
-    def _result(
-        self,
-        image: Image,
-        plan: Plan,
-        outcomes: dict[str, Outcome],
-        requests: int,
-        resolve_seconds: float,
-        total_seconds: float,
-        reference: str,
-    ) -> PullResult:
-        layers = tuple(_layer_result(plan, outcomes, index) for index in range(len(plan.layers)))
-        fetches = [outcomes[step.id] for step in plan.steps if step.kind == "fetch"]
-        return PullResult(
-            reference=reference,
-            digest=str(image.manifest_descriptor.digest),
-            resolved=str(image.resolved.digest),
-            platform=str(image.platform),
-            config=str(image.manifest.config.digest),
-            chain_id=str(image.chain_id),
-            layers=layers,
-            fetched_bytes=sum(outcome.fetched_bytes for outcome in fetches),
-            manifest_requests=requests,
-            seconds={
-                "resolve": resolve_seconds,
-                "fetch": max((outcome.seconds for outcome in fetches), default=0.0),
-                "apply": max((layer.apply_seconds for layer in layers), default=0.0),
-                "total": total_seconds,
-            },
-            engine=self.name,
-            node=self.settings.node_name,
-        )
 
 
 def _all_digests(image: Image) -> tuple[str, ...]:
@@ -290,7 +374,7 @@ def _report_present(report: Report, plan: Plan) -> None:
 
 
 def _record(
-    source: Reference | DiskImage, image: Image, options: PullOptions, store: Store
+    source: Source, image: Image, options: PullOptions, store: Store
 ) -> ReferenceRecord:
     known = store.find_reference(source.canonical, str(image.platform))
     return ReferenceRecord(
@@ -309,19 +393,16 @@ def _record(
     )
 
 
-def _layer_result(plan: Plan, outcomes: dict[str, Outcome], index: int) -> LayerResult:
-    layer = plan.layers[index]
-    fetch = outcomes.get(f"fetch:{layer.descriptor.digest}")
-    stage = outcomes.get(f"stage:{layer.diff_id}")
-    commit = outcomes.get(f"commit:{layer.chain_id}")
-    return LayerResult(
-        digest=str(layer.descriptor.digest),
-        diff_id=str(layer.diff_id),
-        chain_id=str(layer.chain_id),
-        size=layer.descriptor.size,
-        unpacked_size=stage.unpacked_size if stage else 0,
-        source=fetch.source if fetch else "store",
-        fetched_bytes=fetch.fetched_bytes if fetch else 0,
-        fetch_seconds=fetch.seconds if fetch else 0.0,
-        apply_seconds=(stage.seconds if stage else 0.0) + (commit.seconds if commit else 0.0),
-    )
+def _seconds(
+    plan: Plan, outcomes: dict[str, Outcome], resolve: float, rest: float
+) -> dict[str, float]:
+    """Return how long each stage took; steps run side by side, so the longest one is named."""
+    longest = {"fetch": 0.0, "stage": 0.0, "commit": 0.0}
+    for step in plan.steps:
+        longest[step.kind] = max(longest[step.kind], outcomes[step.id].seconds)
+    return {
+        "resolve": resolve,
+        "fetch": longest["fetch"],
+        "apply": max(longest["stage"], longest["commit"]),
+        "total": resolve + rest,
+    }

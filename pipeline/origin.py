@@ -1,7 +1,7 @@
 """Where bytes come from, as the rest sees it: a registry, a peer, or an image on disk.
 
-Invariant: an origin hands out bytes and says what they claim to be; that they are right is proven by
-whoever stores them.
+Invariant: an origin hands out bytes and says what they claim to be; that they are right is proven
+by whoever stores them.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from stowray.pipeline import image as images
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import ManifestError, NotFoundError, PlatformError
 from stowray.pipeline.flight import SingleFlight
-from stowray.pipeline.platform import select
+from stowray.pipeline.platform import Platform, is_image, select
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -23,9 +23,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Descriptor, Image, ImageConfig, Index, Manifest
     from stowray.pipeline.origin import Origin, Resolved
-    from stowray.pipeline.platform import Platform
     from stowray.pipeline.progress import Report
-    from stowray.pipeline.reference import Reference
+    from stowray.pipeline.source import Source
     from stowray.pipeline.store import Store
 
 TTL_SECONDS = 5.0
@@ -36,8 +35,9 @@ Policy = Literal["missing", "always", "never", "newer"]
 class Request:
     """One question to the resolver: what is asked, by whom, and how far it may go for the answer."""
 
-    reference: Reference
+    reference: Source
     platform: Platform
+    strict: bool
     policy: Policy
     report: Report
     cancelled: Callable[[], bool]
@@ -81,6 +81,10 @@ class Resolver:
             self._store.confirm(descriptor.digest, request.reference.name)
         return descriptor
 
+    def is_known(self, request: Request) -> bool:
+        """Return whether :meth:`resolve` will answer from the store, with no network."""
+        return self._known(request) is not None
+
     def image(self, request: Request) -> Image:
         """Return the image for the wanted platform, fetching only documents that are not here.
 
@@ -90,44 +94,83 @@ class Resolver:
         resolved = self.resolve(request)
         offered: list[str] = []
         for descriptor, manifest in self._manifests(request, resolved, offered, depth=0):
-            config = self._config(request, manifest)
-            image = images.Image(
-                reference=request.reference,
-                resolved=resolved,
-                manifest_descriptor=descriptor,
-                manifest=manifest,
-                config=config,
-                platform=config.platform,
-            )
-            if images.config_matches(config, request.platform):
-                images.check_layers(manifest)
-                images.check_counts(manifest, config)
+            image = self._image(request, resolved, descriptor, manifest, request.platform)
+            if _runs_on(image.config, request):
                 return image
-            offered.append(str(config.platform))
+            offered.append(str(image.platform))
         raise PlatformError(str(request.platform), ", ".join(dict.fromkeys(offered)))
 
-    def index(self, request: Request) -> tuple[Descriptor, Index | Manifest]:
-        """Return the document that the reference points to, whatever the platform."""
+    def images(self, request: Request) -> list[Image]:
+        """Return the image of every platform that the reference offers, in document order."""
         resolved = self.resolve(request)
-        return resolved, self._document(request, resolved)
+        return [
+            self._image(request, resolved, descriptor, manifest, platform)
+            for descriptor, manifest, platform in self._all_manifests(request, resolved, None, 0)
+        ]
+
+    def _image(
+        self,
+        request: Request,
+        resolved: Descriptor,
+        descriptor: Descriptor,
+        manifest: Manifest,
+        platform: Platform,
+    ) -> Image:
+        """Return the image that ``manifest`` describes; ``platform`` is for a config that names none."""
+        images.check_image(manifest, descriptor.digest)
+        config = self._config(request, manifest)
+        image = images.Image(
+            reference=request.reference,
+            resolved=resolved,
+            manifest_descriptor=descriptor,
+            manifest=manifest,
+            config=config,
+            platform=config.platform.normalized() if config.os else platform,
+        )
+        image.check()
+        return image
+
+    def _all_manifests(
+        self, request: Request, descriptor: Descriptor, platform: Platform | None, depth: int
+    ) -> Iterator[tuple[Descriptor, Manifest, Platform]]:
+        document = self._open(request, descriptor, depth)
+        if isinstance(document, images.Manifest):
+            yield descriptor, document, platform or request.platform
+            return
+        for entry in document.manifests:
+            if is_image(entry):
+                yield from self._all_manifests(request, entry, entry.platform, depth + 1)
 
     def _known(self, request: Request) -> Descriptor | None:
         """Return what the store's records answer without any network, if they may."""
         reference = request.reference
         if request.policy in ("missing", "never"):
-            record = self._store.find_reference(reference.canonical, str(request.platform))
-            if record is not None and self._store.has(record.resolved.digest, record.resolved.size):
-                return record.resolved
-        if reference.digest is None or request.policy == "always":
+            recorded = self._recorded(request)
+            if recorded is not None and self._store.has(recorded.digest, recorded.size):
+                return recorded
+        digest = getattr(reference, "digest", None)
+        if digest is None or request.policy == "always":
             return None
-        if not self._store.has(reference.digest):
+        if not self._store.has(digest) or not self._store.confirmed(digest, reference.name):
             return None
-        if not self._store.confirmed(reference.digest, reference.name):
-            return None
-        body = self._store.read_blob(reference.digest, images.MANIFEST_LIMIT)
+        body = self._store.read_blob(digest, images.MANIFEST_LIMIT)
         return images.Descriptor(
-            media_type=images.detect_media_type(body), digest=reference.digest, size=len(body)
+            media_type=images.detect_media_type(body), digest=digest, size=len(body)
         )
+
+    def _recorded(self, request: Request) -> Descriptor | None:
+        """Return what the reference pointed to when it was last pulled for this platform."""
+        canonical = request.reference.canonical
+        record = self._store.find_reference(canonical, str(request.platform))
+        if record is not None:
+            return record.resolved
+        # An image for a lesser platform (386 on amd64) is on record under its own name.
+        for record in self._store.references():
+            if record.reference == canonical and request.platform.accepts(
+                Platform.parse(record.platform), strict=request.strict
+            ):
+                return record.resolved
+        return None
 
     def _ask(self, request: Request) -> Resolved:
         reference = request.reference
@@ -145,24 +188,25 @@ class Resolver:
         self, request: Request, descriptor: Descriptor, offered: list[str], depth: int
     ) -> Iterator[tuple[Descriptor, Manifest]]:
         """Yield the manifests that may serve the platform, best first, depth first."""
-        if depth > images.INDEX_DEPTH_LIMIT:
-            raise ManifestError(
-                str(descriptor.digest),
-                f"indexes are nested deeper than {images.INDEX_DEPTH_LIMIT}",
-            )
-        document = self._document(request, descriptor)
+        document = self._open(request, descriptor, depth)
         if isinstance(document, images.Manifest):
             yield descriptor, document
             return
         offered += [
             str(entry.platform)
             for entry in document.manifests
-            if entry.platform is not None and images.is_runnable(entry)
+            if entry.platform is not None and is_image(entry)
         ]
-        for entry in select(document.manifests, request.platform):
+        for entry in select(document.manifests, request.platform, strict=request.strict):
             yield from self._manifests(request, entry, offered, depth + 1)
 
-    def _document(self, request: Request, descriptor: Descriptor) -> Index | Manifest:
+    def _open(self, request: Request, descriptor: Descriptor, depth: int) -> Index | Manifest:
+        """Return the parsed document, ``depth`` indexes below the reference."""
+        if depth > images.INDEX_DEPTH_LIMIT:
+            raise ManifestError(
+                str(descriptor.digest),
+                f"indexes are nested deeper than {images.INDEX_DEPTH_LIMIT}",
+            )
         body = self._read(request, descriptor)
         return images.parse_document(body, descriptor.media_type, descriptor.digest)
 
@@ -177,7 +221,7 @@ class Resolver:
 
         def work(_abandoned: Callable[[], bool]) -> bytes:
             request.report("manifest", str(digest), "downloading", 0, descriptor.size)
-            body = self._origin.manifest(reference, descriptor)
+            body = self._origin.manifest(reference, digest, descriptor.size)
             request.manifest_requests += 1
             self._store.put_blob(digest, body)
             self._store.confirm(digest, reference.name)
@@ -188,7 +232,11 @@ class Resolver:
 
     def _config(self, request: Request, manifest: Manifest) -> ImageConfig:
         descriptor = manifest.config
-        images.check_config_descriptor(descriptor)
+        if descriptor.size > images.CONFIG_LIMIT:
+            raise ManifestError(
+                str(descriptor.digest),
+                f"a config of {descriptor.size} bytes is over the limit of {images.CONFIG_LIMIT}",
+            )
         if not self._store.has(descriptor.digest, descriptor.size):
             if request.policy == "never":
                 raise NotFoundError(str(descriptor.digest), str(self._store.path))
@@ -197,6 +245,14 @@ class Resolver:
             )
         body = self._store.read_blob(descriptor.digest, images.CONFIG_LIMIT)
         return images.parse_config(body, descriptor.digest)
+
+
+def _runs_on(config: ImageConfig, request: Request) -> bool:
+    if not config.os and not config.architecture:
+        # A config that names no platform gives nothing to choose by (image-spec makes both
+        # REQUIRED, old images lack them): it is what the reference points to.
+        return True
+    return request.platform.accepts(config.platform, strict=request.strict)
 
 
 def document_digests(image: Image) -> tuple[Digest, ...]:

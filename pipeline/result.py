@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stowray.pipeline.image import Image
+    from stowray.pipeline.plan import Plan
+    from stowray.pipeline.run import Outcome
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,3 +87,51 @@ class PullResult:
         """Return the result that :meth:`to_dict` described."""
         layers = tuple(LayerResult(**layer) for layer in data["layers"])
         return cls(**{**data, "layers": layers})
+
+
+def make_result(
+    reference: str,
+    image: Image,
+    plan: Plan,
+    outcomes: dict[str, Outcome],
+    *,
+    requests: int,
+    seconds: dict[str, float],
+    engine: str,
+    node: str,
+) -> PullResult:
+    """Return the result of a plan carried out with these ``outcomes`` by step ID."""
+    return PullResult(
+        reference=reference,
+        digest=str(image.manifest_descriptor.digest),
+        resolved=str(image.resolved.digest),
+        platform=str(image.platform),
+        config=str(image.manifest.config.digest),
+        chain_id=str(image.chain_id),
+        layers=tuple(_layer_result(plan, outcomes, index) for index in range(len(plan.layers))),
+        fetched_bytes=sum(
+            outcomes[step.id].fetched_bytes for step in plan.steps if step.kind == "fetch"
+        ),
+        manifest_requests=requests,
+        seconds=seconds,
+        engine=engine,
+        node=node,
+    )
+
+
+def _layer_result(plan: Plan, outcomes: dict[str, Outcome], index: int) -> LayerResult:
+    layer = plan.layers[index]
+    fetch = outcomes.get(f"fetch:{layer.descriptor.digest}")
+    stage = outcomes.get(f"stage:{layer.diff_id}")
+    commit = outcomes.get(f"commit:{layer.chain_id}")
+    return LayerResult(
+        digest=str(layer.descriptor.digest),
+        diff_id=str(layer.diff_id),
+        chain_id=str(layer.chain_id),
+        size=layer.descriptor.size,
+        unpacked_size=stage.unpacked_size if stage else 0,
+        source=fetch.source if fetch else "store",
+        fetched_bytes=fetch.fetched_bytes if fetch else 0,
+        fetch_seconds=fetch.seconds if fetch else 0.0,
+        apply_seconds=(stage.seconds if stage else 0.0) + (commit.seconds if commit else 0.0),
+    )

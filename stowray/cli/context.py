@@ -103,11 +103,11 @@ class Context:
             raise NotFoundError("a store", f"{path} (pull an image first, or give --store)")
         return Store.open(path, create=create)
 
-    def engine(self, progress: Progress) -> LocalEngine:
+    def engine(self, progress: Progress, *, fork_workers: bool) -> LocalEngine:
         """Return the engine that the options and the state of this machine select."""
         from stowray.api import make_engine
 
-        return make_engine(self.settings, progress=progress, fork_workers=True)
+        return make_engine(self.settings, progress=progress, fork_workers=fork_workers)
 
 
 def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:

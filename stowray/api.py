@@ -1,0 +1,223 @@
+"""The Python API: resolve, pull, and a handle on one resolved image.
+
+Examples::
+
+    import stowray
+
+    result = stowray.pull("debian:12")
+    with stowray.resolve("debian:12") as image:
+        print(image.digest, image.cache_key())
+        print(image.snapshot().description)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Self
+
+from stowray.pipeline.disk_images import parse_source
+from stowray.pipeline.engine import LocalEngine, PullOptions, never
+from stowray.pipeline.image import manifest_key
+from stowray.pipeline.platform import Platform
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.settings import Settings, load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from pathlib import Path
+
+    from stowray.pipeline import image as images
+    from stowray.pipeline.digest import Digest
+    from stowray.pipeline.disk_images import DiskImage
+    from stowray.pipeline.leases import Lease
+    from stowray.pipeline.progress import Event
+    from stowray.pipeline.reference import Reference
+    from stowray.pipeline.resolve import Policy
+    from stowray.pipeline.result import PullResult
+
+
+@dataclass(frozen=True, slots=True)
+class CacheKey:
+    """The two keys of an image: of its manifest for the platform, and of its layers' content."""
+
+    manifest_key: str
+    chain_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotHandle:
+    """An unpacked image in the store; ``lowers`` are its overlay layers, the top one first."""
+
+    chain_id: str
+    description: str
+    lowers: tuple[Path, ...]
+
+
+class Image:
+    """One resolution, kept: all calls speak of the same descriptor, however tags move meanwhile.
+
+    Holds a lease on what it names until closed, so that nothing of it is collected.
+    """
+
+    def __init__(
+        self,
+        engine: LocalEngine,
+        source: Reference | DiskImage,
+        image: images.Image,
+        options: PullOptions,
+        lease: Lease,
+    ) -> None:
+        self._engine = engine
+        self._source = source
+        self._image = image
+        self._options = options
+        self._lease = lease
+
+    @property
+    def reference(self) -> str:
+        """Return the canonical reference that was resolved."""
+        return self._source.canonical
+
+    @property
+    def digest(self) -> Digest:
+        """Return the digest of the manifest for the platform."""
+        return self._image.manifest_descriptor.digest
+
+    @property
+    def resolved(self) -> Digest:
+        """Return the digest that the reference pointed to."""
+        return self._image.resolved.digest
+
+    @property
+    def platform(self) -> Platform:
+        """Return the platform of the image."""
+        return self._image.platform
+
+    def cache_key(self) -> CacheKey:
+        """Return the keys under which a build cache may file this image."""
+        return CacheKey(
+            manifest_key(self._image.resolved.digest, self._image.platform),
+            str(self._image.chain_id),
+        )
+
+    def config(self) -> tuple[Digest, bytes]:
+        """Return the digest and the raw bytes of the image config."""
+        return self._image.manifest.config.digest, self._image.config.raw
+
+    def pull(self, cancelled: Callable[[], bool] = never) -> PullResult:
+        """Fetch and unpack this very image; see :func:`pull`."""
+        return self._engine.pull_image(self._source, self._image, self._options, cancelled)
+
+    def snapshot(self, cancelled: Callable[[], bool] = never) -> SnapshotHandle:
+        """Return the unpacked image, pulling what is missing first."""
+        options = replace(self._options, unpack=True)
+        self._engine.pull_image(self._source, self._image, options, cancelled)
+        chain_id = self._image.chain_id
+        return SnapshotHandle(
+            chain_id=str(chain_id),
+            description=f"pulled from {self.reference}",
+            lowers=tuple(self._engine.snapshots.lowers(chain_id or None)),
+        )
+
+    def close(self) -> None:
+        """Let the content go and end the engine behind this handle."""
+        self._lease.close()
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.close()
+
+
+def make_engine(
+    settings: Settings, *, progress: Progress | None = None, fork_workers: bool = False
+) -> LocalEngine:
+    """Return the engine that ``settings.engine`` selects.
+
+    ``auto`` is the in-process engine unless this node's session crew is warm (``stowray session``).
+    """
+    progress = progress or Progress(node=settings.node_name)
+    if settings.engine == "local":
+        return LocalEngine(settings, progress=progress, fork_workers=fork_workers)
+    if settings.engine == "auto" and not _session_is_warm(settings):
+        return LocalEngine(settings, progress=progress, fork_workers=fork_workers)
+    from stowray.actors.engine import RayEngine
+
+    return RayEngine(settings, progress=progress)
+
+
+def _session_is_warm(settings: Settings) -> bool:
+    from stowray.actors.session import is_warm
+
+    return is_warm(settings)
+
+
+def _settings(store: str | Path | None, overrides: dict[str, Any]) -> Settings:
+    if store is not None:
+        overrides = {**overrides, "store": str(store)}
+    return load_settings(overrides=overrides)
+
+
+def _options(
+    platform: str | Platform | None, policy: Policy, *, unpack: bool, sync: bool
+) -> PullOptions:
+    if isinstance(platform, str):
+        platform = Platform.parse(platform)
+    return PullOptions(platform=platform, policy=policy, unpack=unpack, sync=sync)
+
+
+def pull(
+    reference: str,
+    *,
+    store: str | Path | None = None,
+    platform: str | Platform | None = None,
+    policy: Policy = "newer",
+    unpack: bool = True,
+    sync: bool = False,
+    watch: Callable[[Sequence[Event]], None] | None = None,
+    cancelled: Callable[[], bool] = never,
+    **settings: Any,
+) -> PullResult:
+    """Bring an image into the store, verified and unpacked, and return what was done.
+
+    ``settings`` are the command line's options by name (``engine``, ``authfile``, ``plain_http``,
+    …); ``watch`` gets progress events, ``cancelled`` is polled. Raises a
+    :class:`~stowray.StowrayError` of the class that tells what the caller can do.
+    """
+    source = parse_source(reference)
+    configured = _settings(store, settings)
+    progress = Progress(node=configured.node_name)
+    if watch is not None:
+        progress.watch(watch)
+    engine = make_engine(configured, progress=progress)
+    try:
+        return engine.pull(
+            source, _options(platform, policy, unpack=unpack, sync=sync), cancelled
+        )
+    finally:
+        engine.close()
+        progress.close()
+
+
+def resolve(
+    reference: str,
+    *,
+    store: str | Path | None = None,
+    platform: str | Platform | None = None,
+    policy: Policy = "newer",
+    cancelled: Callable[[], bool] = never,
+    **settings: Any,
+) -> Image:
+    """Resolve a reference once and return a handle on the image, to be closed after use."""
+    source = parse_source(reference)
+    configured = _settings(store, settings)
+    engine = make_engine(configured)
+    options = _options(platform, policy, unpack=True, sync=False)
+    try:
+        image, lease = engine.hold_image(source, options, cancelled)
+    except BaseException:
+        engine.close()
+        raise
+    return Image(engine, source, image, options, lease)

@@ -1,0 +1,121 @@
+"""Run work that shows progress and can be interrupted, for one reference or several.
+
+Invariant: Ctrl-C (or SIGTERM) once cancels and waits for the work to put things in order, twice
+leaves at once; each reference ends in an answer on stdout or an error, never in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import TYPE_CHECKING, Any, Self
+
+from stowray.cli.app import fail
+from stowray.pipeline.errors import CancelledError, StowrayError
+from stowray.pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+    from types import FrameType
+
+    from stowray.cli.context import Context
+    from stowray.pipeline.engine import LocalEngine
+
+PARALLEL = 4
+POLL_SECONDS = 0.2
+
+
+class Work:
+    """An engine with a display, for the time of one command."""
+
+    def __init__(self, context: Context, *, forks: bool = True) -> None:
+        self._context = context
+        self._interrupted = threading.Event()
+        self._handlers: dict[int, Any] = {}
+        self.progress = Progress(node=context.settings.node_name)
+        self.engine: LocalEngine = context.engine(self.progress, fork_workers=forks)
+
+    def __enter__(self) -> Self:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._interrupt)
+        return self
+
+    def __exit__(self, *details: object) -> None:
+        self.engine.close()
+        self.progress.close()
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def cancelled(self) -> bool:
+        """Return whether the user has interrupted the command."""
+        return self._interrupted.is_set()
+
+    def _start_display(self) -> None:
+        """Show progress on stderr as the options say."""
+        from stowray.display import attach
+
+        attach(
+            self.progress,
+            "none" if self._context.value("quiet") else self._context.value("progress", "auto"),
+        )
+
+    def each(
+        self,
+        references: Sequence[str],
+        work: Callable[[str, Callable[[], bool]], Any],
+        show: Callable[[Any], None],
+    ) -> int:
+        """Do ``work`` for each reference, ``show`` each answer in order, return the exit status.
+
+        A single reference is worked on in this thread; several side by side.
+        """
+        self.engine.on_begin = self._start_display
+        if len(references) == 1:
+            return self._answer(references[0], lambda: work(references[0], self.cancelled), show)
+        self.engine.begin()
+        with ThreadPoolExecutor(PARALLEL, thread_name_prefix="pull") as pool:
+            futures = [
+                pool.submit(work, reference, self.cancelled) for reference in references
+            ]
+            statuses = [
+                self._answer(reference, _waiting(future), show)
+                for reference, future in zip(references, futures, strict=True)
+            ]
+        if self.cancelled():
+            return 130
+        return 1 if any(statuses) else 0
+
+    def _answer(
+        self, reference: str, get: Callable[[], Any], show: Callable[[Any], None]
+    ) -> int:
+        try:
+            answer = get()
+        except StowrayError as error:
+            self.progress.flush()
+            if self.cancelled() and not isinstance(error, CancelledError):
+                error = CancelledError(reference)
+            return fail(error, self._context, reference)
+        self.progress.flush()
+        show(answer)
+        return 0
+
+    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
+        if self._interrupted.is_set():
+            # Asked twice: leave now. Workers see our sockets close; the store is resumable.
+            os._exit(130)
+        self._interrupted.set()
+        os.write(2, b"stowray: stopping; what was fetched is kept (again to leave at once)\n")
+
+
+def _waiting(future: Future[Any]) -> Callable[[], Any]:
+    """Wait in short steps: a signal is only handled between two waits of the main thread."""
+
+    def get() -> Any:
+        while not wait([future], timeout=POLL_SECONDS, return_when=FIRST_COMPLETED).done:
+            continue
+        return future.result()
+
+    return get

@@ -1,0 +1,190 @@
+"""What a person sees while work goes on: a live view, plain lines, or JSON lines, on stderr.
+
+Invariant: a display only watches; when it breaks, the work goes on. Names from images are escaped
+before they reach a terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, TextIO
+
+from stowray.pipeline.errors import escape
+from stowray.text import seconds_text, size_text
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from rich.console import Group
+    from rich.live import Live
+
+    from stowray.pipeline.progress import Event, Progress
+
+_PHASES = {"blob": "fetch", "layer": "unpack"}
+_SHORT = 12
+
+
+def attach(progress: Progress, mode: str, stream: TextIO | None = None) -> Callable[[], None]:
+    """Watch ``progress`` in the given mode and return what ends the display.
+
+    ``auto`` is the live view on a terminal (unless ``CI`` or ``TERM=dumb`` says otherwise), plain
+    lines elsewhere.
+    """
+    stream = stream or sys.stderr
+    if mode == "auto":
+        lively = stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
+        mode = "tty" if lively else "plain"
+    if mode == "json":
+        progress.watch(JsonLines(stream))
+    elif mode == "plain":
+        progress.watch(PlainLines(stream))
+    elif mode == "tty":
+        view = LiveView(stream)
+        progress.watch(view)
+        return view.stop
+    return lambda: None
+
+
+class JsonLines:
+    """One JSON object per changed ID and tick."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Write the events."""
+        self._stream.write("".join(json.dumps(event.to_dict()) + "\n" for event in events))
+        self._stream.flush()
+
+
+class PlainLines:
+    """A line for each thing that begins or ends, none for every percent: it reads well in a log."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._seen: dict[tuple[str, str, str], str] = {}
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Write a line for each change of status worth one."""
+        lines = []
+        for event in events:
+            key = (event.reference, event.kind, event.id)
+            if self._seen.get(key) == event.status:
+                continue
+            self._seen[key] = event.status
+            line = self._line(event)
+            if line:
+                lines.append(line + "\n")
+        if lines:
+            self._stream.write("".join(lines))
+            self._stream.flush()
+
+    def _line(self, event: Event) -> str:
+        where = f"{event.node} " if event.node and event.kind == "job" else ""
+        name = escape(event.reference)
+        if event.status == "failed":
+            # The error itself is told once, by the command.
+            return ""
+        if event.kind == "resolve" and event.status == "resolved":
+            return f"{where}{name}: resolved"
+        took = seconds_text(event.completed - event.started) if event.completed else ""
+        if event.kind == "blob" and event.status == "done":
+            return f"{where}{name}: fetched {_short(event)} {size_text(event.total)} in {took}"
+        if event.kind == "blob" and event.status == "retrying":
+            return f"{where}{name}: {_short(event)} is tried again from {size_text(event.current)}"
+        if event.kind == "layer" and event.status == "applied":
+            return f"{where}{name}: unpacked {_short(event)} in {took}"
+        if event.kind == "image" and event.status == "done":
+            return f"{where}{name}: done"
+        return ""
+
+
+class LiveView:
+    """Per image one line for the whole and one for each layer at work; for terminals."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+        self._events: dict[tuple[str, str, str], Event] = {}
+        self._live: Live | None = None
+
+    def __call__(self, events: Sequence[Event]) -> None:
+        """Take over the changed events and draw."""
+        for event in events:
+            self._events[event.reference, event.kind, event.id] = event
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            console = Console(file=self._stream, highlight=False)
+            self._live = Live(console=console, auto_refresh=False, transient=False)
+            self._live.start()
+        self._live.update(self.render(), refresh=True)
+
+    def stop(self) -> None:
+        """Leave the last picture and give the terminal back."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def render(self) -> Group:
+        """Return the picture of the present state."""
+        from rich.console import Group
+
+        references = dict.fromkeys(event.reference for event in self._events.values())
+        return Group(*(self._image(reference) for reference in references))
+
+    def _image(self, reference: str) -> Group:
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        events = [event for event in self._events.values() if event.reference == reference]
+        work = [event for event in events if event.kind in _PHASES]
+        current = sum(event.current for event in work)
+        total = sum(event.total for event in work)
+        ended = next((e for e in events if e.kind == "image" and e.is_final), None)
+        state = _state(events, ended)
+        head = Text.assemble(
+            (f"{escape(reference)}  ", "bold"),
+            (state, "red" if state == "failed" else "green" if ended else "cyan"),
+        )
+        if total and not ended:
+            head.append(f"  {100 * current // total}%")
+        if ended:
+            head.append(f"  {seconds_text(ended.completed - min(e.started for e in events))}")
+        table = Table.grid(padding=(0, 1), expand=False)
+        active = [event for event in work if not event.is_final and event.status != "waiting"]
+        for event in active[:12]:
+            table.add_row(*_row(event))
+        if len(active) > 12:
+            table.add_row("", f"… and {len(active) - 12} more", "", "")
+        return Group(head, table) if active else Group(head)
+
+
+def _state(events: list[Event], ended: Event | None) -> str:
+    if ended is not None:
+        return ended.status
+    if any(event.kind == "resolve" and event.status == "resolved" for event in events):
+        return "pulling"
+    return "resolving"
+
+
+def _row(event: Event) -> tuple[object, ...]:
+    from rich.progress_bar import ProgressBar
+    from rich.text import Text
+
+    phase = "retry" if event.status == "retrying" else _PHASES[event.kind]
+    seconds = max(event.time - event.started, 0.001)
+    return (
+        Text(f"  {_short(event)}", style="dim"),
+        Text(f"{phase:<6}", style="yellow" if phase == "retry" else ""),
+        ProgressBar(total=event.total or None, completed=event.current, width=24),
+        Text(f"{size_text(event.current)} / {size_text(event.total)}", style="dim"),
+        Text(f"{size_text(event.current / seconds)}/s", style="dim"),
+    )
+
+
+def _short(event: Event) -> str:
+    return escape(event.id.partition(":")[2] or event.id)[:_SHORT]
