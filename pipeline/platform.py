@@ -82,7 +82,7 @@ class Platform:
 
     @classmethod
     def parse(cls, text: str) -> Platform:
-        """Return the selector ``OS[(VERSION+FEATURE…)][/ARCH[/VARIANT]]``, or ``ARCH``, as a value."""
+        """Return ``OS[(VERSION+FEATURE…)][/ARCH[/VARIANT]]``, or ``ARCH`` alone, as a platform."""
         if len(text) > TEXT_LIMIT:
             raise InvalidPlatformError(f"{text[:64]}…", "too long for a platform")
         if "*" in text:
@@ -314,8 +314,8 @@ def _lesser_arm64(variant: str) -> list[tuple[str, str]]:
     older = []
     if major == 9:
         older = [f"v9.{level}" if level else "v9" for level in range(minor - 1, -1, -1)]
-        # v9.0 branched off v8.5: each v9.x has what v8.(x+5) has.
-        minor += 6
+        # v9.0 branched off v8.5: each v9.x has what v8.(x+5) has, as far as v8 goes.
+        minor = min(minor + 6, 10)
     older += [f"v8.{level}" if level else "" for level in range(minor - 1, -1, -1)]
     return [*(("arm64", name) for name in older), ("arm", "v8"), *_lesser("arm", "v8")]
 

@@ -139,9 +139,11 @@ def text_pairs(fields: dict[str, Any], key: str) -> tuple[tuple[str, str], ...]:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     fields = dict(pairs)
     if len(fields) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in fields if names.count(name) > 1)
-        raise JSONError(f"duplicate key {twice[:64]!r}")
+        seen: set[str] = set()
+        for name, _ in pairs:
+            if name in seen:
+                raise JSONError(f"duplicate key {name[:64]!r}")
+            seen.add(name)
     return fields
 
 
