@@ -8,6 +8,7 @@ a lock, so that test workers that start together build it once. Each image `name
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import fcntl
 import os
 import random
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.support.compressors import Compression
 
-VERSION = 1  # of the recipes below: a change of one makes the cached images stale
+VERSION = 2  # of the recipes below: a change of one makes the cached images stale
 SITE_BYTES = 300_000_000
 MANY_LAYERS = 45
 
@@ -58,16 +59,12 @@ class Catalogue:
         finally:
             shutil.rmtree(scratch)
 
-    def system_layer(self, layout: Layout, scratch: Path, compression: Compression) -> Layer:
-        """The Debian tree as a layer of another image; the tree itself is made once."""
+    def system_layer(self, layout: Layout) -> Layer:
+        """The Debian tree as the lowest layer of another image; the tree itself is made once."""
         source = self.layout("debian")
         manifest = source.document(source.tagged("debian")["digest"])
         config = source.document(manifest["config"]["digest"])
-        descriptor = manifest["layers"][0]
-        if compression == self.compression:
-            os.link(source.blob_path(descriptor["digest"]), layout.blob_path(descriptor["digest"]))
-            return Layer(descriptor, config["rootfs"]["diff_ids"][0], 0)
-        raise ValueError(f"no {compression} form of the system layer")
+        return layout.link_layer(source, manifest["layers"][0], config["rootfs"]["diff_ids"][0])
 
 
 def _debian(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
@@ -98,7 +95,7 @@ def _site(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
             below.append(_renamed(entry, f"usr/lib/python3/site/{entry.name}", linkname))
     if size < SITE_BYTES:
         below.append(entries.file("usr/lib/python3/site/filler", _noise(SITE_BYTES - size)))
-    system = catalogue.system_layer(layout, scratch, catalogue.compression)
+    system = catalogue.system_layer(layout)
     packages = layout.add_layer(below, catalogue.compression)
     for name in ("site", "site-judge"):
         layout.tag(name, layout.add_image([system, packages]))
@@ -107,7 +104,7 @@ def _site(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
 def _ml(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
     """A system layer and site-packages in several layers, as a pipeline of RUN lines makes them."""
     site = Path(sysconfig.get_path("purelib"))
-    system = catalogue.system_layer(layout, scratch, catalogue.compression)
+    system = catalogue.system_layer(layout)
     parts: list[list[entries.Entry]] = [[], [], []]
     for entry in entries.tree_entries(site):
         if entry.name == ".":
@@ -123,8 +120,6 @@ def _ml(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
 
 
 def _renamed(entry: entries.Entry, name: str, linkname: str) -> entries.Entry:
-    import dataclasses
-
     return dataclasses.replace(entry, name=name, linkname=linkname)
 
 
@@ -147,7 +142,17 @@ def _many(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
     layout.tag("many-zstd", layout.add_image(zstd))
 
 
-def many_layers(count: int = MANY_LAYERS) -> Iterator[list[entries.Entry]]:
+def _many_plain(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
+    """`many` without links to files of lower layers, which podman and containerd cannot unpack."""
+    contents = many_layers(lower_links=False)
+    layers = [layout.add_layer(content, catalogue.compression) for content in contents]
+    for name in ("many-plain", "many-plain-judge"):
+        layout.tag(name, layout.add_image(layers))
+
+
+def many_layers(
+    count: int = MANY_LAYERS, *, lower_links: bool = True
+) -> Iterator[list[entries.Entry]]:
     """Layers with files, replacements, whiteouts, opaque directories and links, by a fixed seed."""
     chance = random.Random(20)
     yield [
@@ -192,7 +197,7 @@ def many_layers(count: int = MANY_LAYERS) -> Iterator[list[entries.Entry]]:
                 entries.file(f"{folder}/after-opaque-{layer}", b"kept"),
             ]
             living = {name for name in living if not name.startswith(f"{folder}/")}
-        elif layer % 5 == 2 and living:  # a second name for a file of a lower layer
+        elif layer % 5 == 2 and living and lower_links:  # a second name for a file of a lower layer
             content.append(
                 entries.hardlink(f"{folder}/l{layer}-lower", chance.choice(sorted(living)))
             )
@@ -271,6 +276,7 @@ RECIPES: dict[str, Callable[[Catalogue, Layout, Path], None]] = {
     "site": _site,
     "ml": _ml,
     "many": _many,
+    "many-plain": _many_plain,
     "small": _small,
     "multi": _multi,
     "large": _large,

@@ -86,6 +86,7 @@ class Layout:
             write_tar(entries, sink)
             sink.finish()
         temporary.rename(self.blob_path(sink.digest))
+        self._note_size(sink.digest, sink.tar_size)
         suffix = "" if compression == "none" else "zstd" if compression == "zstd" else "gzip"
         if docker:
             media_type = DOCKER_LAYER + (f".{suffix}" if suffix else "")
@@ -93,6 +94,24 @@ class Layout:
             media_type = OCI_LAYER + (f"+{suffix}" if suffix else "")
         descriptor = {"mediaType": media_type, "digest": sink.digest, "size": sink.size}
         return Layer(descriptor, sink.diff_id, sink.tar_size)
+
+    def layer_sizes(self) -> dict[str, int]:
+        """Uncompressed sizes by layer digest, kept beside the layout (peers ignore the file)."""
+        path = self.path / "tar-sizes.json"
+        sizes: dict[str, int] = json.loads(path.read_text()) if path.exists() else {}
+        return sizes
+
+    def _note_size(self, digest: str, tar_size: int) -> None:
+        sizes = {**self.layer_sizes(), digest: tar_size}
+        (self.path / "tar-sizes.json").write_text(json.dumps(sizes))
+
+    def link_layer(self, source: Layout, descriptor: Json, diff_id: str) -> Layer:
+        """Take a layer of another layout without copying it."""
+        digest = descriptor["digest"]
+        os.link(source.blob_path(digest), self.blob_path(digest))
+        tar_size = source.layer_sizes()[digest]
+        self._note_size(digest, tar_size)
+        return Layer(descriptor, diff_id, tar_size)
 
     def add_image(
         self,

@@ -1,0 +1,1 @@
+"""Measurements against the peers, run by hand; not part of the package."""
