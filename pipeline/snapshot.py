@@ -1,0 +1,431 @@
+"""Snapshots: committed chains of layer trees, each named by its chain ID.
+
+Invariant: a snapshot exists only on a snapshot of its parent, with a tree whose diff ID was proven,
+and equals the layers applied one after the other. A layer is staged alone, in parallel with others;
+what in it depends on the layers below is settled here, in chain order, before the chain ID becomes
+visible. A record or tree that the trust rule does not cover counts as absent and is made anew.
+
+The same tree serves every chain that holds its diff ID as long as nothing in it depends on its
+parent. When one tree appears twice in a chain only the topmost is mounted, for the kernel refuses a
+lower directory twice. Nothing is lost by it: the lower one could show or hide a path only if the
+look-up passed the upper one, that is, where the upper one (being equal) has neither the name nor a
+whiteout, file or opaque directory on the way to it; there the lower one has nothing either.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import (
+    DigestMismatchError,
+    InvalidDigestError,
+    NodeError,
+    NotFoundError,
+    StorageError,
+)
+from stowray.pipeline.failpoint import failpoint
+from stowray.pipeline.files import translated
+from stowray.pipeline.layer_trees import LayerRecord, LayerTrees, Workspace
+from stowray.pipeline.limits import DEFAULT_LIMITS
+from stowray.pipeline.records import read_record, write_record
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from stowray.pipeline.layer import Staged
+    from stowray.pipeline.limits import LayerLimits
+    from stowray.pipeline.store import Store
+
+    Read = Callable[[], bytes]
+    OpenRead = Callable[[], AbstractContextManager[Read]]
+
+_VERSION = 1
+# How long one waits for another process to stage the same layer before giving up.
+WAIT_SECONDS = 3600.0
+# New generations of one blob (a source sent wrong bytes) and trees taken by other chains.
+TRIES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One committed link of a chain; ``layer`` names its tree, sizes are in bytes."""
+
+    chain_id: Digest
+    parent: Digest | None
+    diff_id: Digest
+    blob: Digest
+    layer: str
+    tar_size: int
+    unpacked_size: int
+    entries: int
+    created: float
+
+    def payload(self) -> dict[str, Any]:
+        """Return the record as JSON values."""
+        return {
+            "version": _VERSION,
+            "chain_id": self.chain_id,
+            "parent": self.parent,
+            "diff_id": self.diff_id,
+            "blob": self.blob,
+            "layer": self.layer,
+            "tar_size": self.tar_size,
+            "unpacked_size": self.unpacked_size,
+            "entries": self.entries,
+            "created": self.created,
+        }
+
+    @classmethod
+    def parse(cls, payload: dict[str, Any]) -> Snapshot | None:
+        """Return the snapshot that :meth:`payload` described; None for any other version."""
+        if payload.get("version") != _VERSION:
+            return None
+        try:
+            parent = payload["parent"]
+            return cls(
+                chain_id=Digest(payload["chain_id"]),
+                parent=None if parent is None else Digest(parent),
+                diff_id=Digest(payload["diff_id"]),
+                blob=Digest(payload["blob"]),
+                layer=str(payload["layer"]),
+                tar_size=int(payload["tar_size"]),
+                unpacked_size=int(payload["unpacked_size"]),
+                entries=int(payload["entries"]),
+                created=float(payload["created"]),
+            )
+        except (KeyError, TypeError, ValueError, InvalidDigestError):
+            return None
+
+
+@dataclass(frozen=True, slots=True)
+class StageOutcome:
+    """What staging one layer came to; ``existed`` when its tree was there already."""
+
+    existed: bool
+    tar_size: int
+    unpacked_size: int
+    entries: int
+    seconds: float
+
+
+def chain_id_of(parent: Digest | None, diff_id: Digest) -> Digest:
+    """Return the chain ID of ``diff_id`` on ``parent`` (image-spec, config.md, "Layer ChainID")."""
+    return diff_id if parent is None else Digest.of(f"{parent} {diff_id}".encode("ascii"))
+
+
+class Snapshots:
+    """The snapshots of a store that this user can use: those in his own tree format."""
+
+    def __init__(self, store: Store, privileged: bool | None = None) -> None:
+        self._store = store
+        # What this user can really do here: root of a container or user namespace may be no more
+        # than a plain user to the file system.
+        self.privileged = store.capabilities.privileged if privileged is None else privileged
+        self.trees = LayerTrees(store, self.privileged)
+        self.directory = store.path / "snapshots"
+
+    def stage(
+        self,
+        diff_id: Digest,
+        open_read: OpenRead,
+        *,
+        limits: LayerLimits = DEFAULT_LIMITS,
+        report: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> StageOutcome:
+        """Make the tree of one layer alone, from its blob as ``open_read`` gives it.
+
+        Whoever stages a layer that another process is staging waits and finds its tree. Raises
+        DigestMismatchError, with nothing left behind, when the layer is not ``diff_id``.
+        """
+        started = time.monotonic()
+        name = self.trees.alone(diff_id)
+        with self._store.lock(f"stage-{name}", wait_seconds=wait_seconds, cancelled=cancelled):
+            record = self.trees.find(name)
+            existed = record is not None
+            if record is None:
+                self.trees.drop(name)
+                record = self._stage(name, diff_id, None, open_read, limits, report, cancelled)
+        return StageOutcome(
+            existed=existed,
+            tar_size=record.tar_size,
+            unpacked_size=record.unpacked_size,
+            entries=record.entries,
+            seconds=time.monotonic() - started,
+        )
+
+    def commit(
+        self,
+        chain_id: Digest,
+        parent: Digest | None,
+        diff_id: Digest,
+        blob: Digest,
+        open_read: OpenRead,
+        *,
+        limits: LayerLimits = DEFAULT_LIMITS,
+        report: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        wait_seconds: float = WAIT_SECONDS,
+    ) -> Snapshot:
+        """Publish ``chain_id``: the layer ``diff_id`` on the committed snapshot ``parent``.
+
+        Idempotent. The layer is staged here when its tree is not there (any more), so ``open_read``
+        must be able to give its blob, which by now is proven.
+        """
+        expected = chain_id_of(parent, diff_id)
+        if chain_id != expected:
+            raise DigestMismatchError(f"chain ID of layer {diff_id}", expected, chain_id)
+        with self._store.lock(
+            f"commit-{self.trees.format}-{chain_id.encoded}",
+            wait_seconds=wait_seconds,
+            cancelled=cancelled,
+        ):
+            present = self._find(chain_id)
+            if present is not None:
+                return present
+            if parent is not None and not self.has(parent):
+                raise NotFoundError(f"parent snapshot {parent}", str(self.directory))
+            stage = (open_read, limits, report, cancelled)
+            layer, record = self._settled(diff_id, parent, stage)
+            snapshot = Snapshot(
+                chain_id=chain_id,
+                parent=parent,
+                diff_id=diff_id,
+                blob=blob,
+                layer=layer,
+                tar_size=record.tar_size,
+                unpacked_size=record.unpacked_size,
+                entries=record.entries,
+                created=time.time(),
+            )
+            self._write(snapshot)
+            return snapshot
+
+    def has(self, chain_id: Digest) -> bool:
+        """Return whether the snapshot and all below it are here and trusted."""
+        try:
+            self.chain(chain_id)
+        except NotFoundError:
+            return False
+        return True
+
+    def get(self, chain_id: Digest) -> Snapshot:
+        """Return the snapshot, which is here and trusted; NotFoundError otherwise."""
+        snapshot = self._find(chain_id)
+        if snapshot is None:
+            raise NotFoundError(f"snapshot {chain_id}", str(self.directory))
+        return snapshot
+
+    def chain(self, chain_id: Digest) -> tuple[Snapshot, ...]:
+        """Return the snapshots from the base layer up to ``chain_id``."""
+        links: list[Snapshot] = []
+        current: Digest | None = chain_id
+        while current is not None:
+            snapshot = self.get(current)
+            links.append(snapshot)
+            # Chain IDs are hashes of those below, so this cannot run in a circle.
+            current = snapshot.parent
+        return tuple(reversed(links))
+
+    def lowers(self, chain_id: Digest | None) -> list[Path]:
+        """Return the trees of a chain, the top one first, each once; none for no chain."""
+        if chain_id is None:
+            return []
+        layers = dict.fromkeys(link.layer for link in reversed(self.chain(chain_id)))
+        return [self.trees.tree(layer) for layer in layers]
+
+    def blob_mapping(self) -> dict[Digest, Digest]:
+        """Return the blob digest of each snapshot by its chain ID."""
+        return {snapshot.chain_id: snapshot.blob for snapshot in self.all()}
+
+    def all(self) -> list[Snapshot]:
+        """Return every snapshot of this format that is readable, trusted or not."""
+        found = (self._read(path, trusted=False) for path in self._paths())
+        return [snapshot for snapshot in found if snapshot is not None]
+
+    def remove(self, chain_id: Digest) -> bool:
+        """Remove a snapshot, and its tree when no other uses it; False when it is not here.
+
+        Raises StorageError while another snapshot stands on it. Leases are the collector's affair.
+        """
+        path = self._path(chain_id)
+        snapshot = self._read(path, trusted=False)
+        others = [other for other in self.all() if other.chain_id != chain_id]
+        for other in others:
+            if other.parent == chain_id:
+                raise StorageError(str(path), f"snapshot {other.chain_id} stands on it")
+        with translated(path, "remove a snapshot"):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return False
+        if snapshot is not None and all(other.layer != snapshot.layer for other in others):
+            self.trees.drop(snapshot.layer)
+        return True
+
+    def discard(self, layer: str) -> list[Digest]:
+        """Remove a damaged tree with every snapshot that uses it; return their chain IDs.
+
+        Snapshots above stay recorded and count as absent until those below are made again.
+        """
+        gone = [snapshot.chain_id for snapshot in self.all() if snapshot.layer == layer]
+        for chain_id in gone:
+            path = self._path(chain_id)
+            with translated(path, "remove a snapshot"):
+                path.unlink(missing_ok=True)
+        self.trees.drop(layer)
+        return gone
+
+    def stage_fresh(
+        self,
+        workspace_tree: Path,
+        diff_id: Digest,
+        open_read: OpenRead,
+        parent: Digest | None,
+        *,
+        limits: LayerLimits = DEFAULT_LIMITS,
+    ) -> None:
+        """Apply a layer's tar stream onto nothing but its parent chain, into ``workspace_tree``."""
+        self._apply(workspace_tree, diff_id, parent, open_read, limits, None, None)
+
+    def _settled(
+        self, diff_id: Digest, parent: Digest | None, stage: tuple[Any, ...]
+    ) -> tuple[str, LayerRecord]:
+        """Return name and record of a tree that equals the layer applied onto ``parent``."""
+        alone, settled = self.trees.alone(diff_id), self.trees.settled(diff_id, parent)
+        record = self.trees.find(settled)
+        if record is not None:
+            return settled, record
+        self.trees.drop(settled)
+        open_read, limits, report, cancelled = stage
+        for _ in range(TRIES):
+            record = self.trees.find(alone)
+            if record is None:
+                self.stage(diff_id, open_read, limits=limits, report=report, cancelled=cancelled)
+                continue
+            if not record.notes:
+                return alone, record
+            with self.trees.take(alone) as taken:
+                if taken is None:
+                    # The commit of another chain was quicker: that tree is settled onto its parent.
+                    continue
+                record = self._settle(*taken, settled, parent)
+            if record is None:
+                record = self._stage(settled, diff_id, parent, *stage)
+            return settled, record
+        raise NodeError(
+            str(self.trees.tree(alone)), "other pulls keep taking this layer: try again"
+        )
+
+    def _settle(
+        self, workspace: Workspace, record: LayerRecord, name: str, parent: Digest | None
+    ) -> LayerRecord | None:
+        """Settle a tree staged alone onto ``parent``; None when it must be staged again."""
+        from stowray.pipeline.overlay import ChainView
+        from stowray.pipeline.reconcile import settle
+
+        below = ChainView(self.lowers(parent), self.privileged)
+        failpoint("settle-before")
+        if not settle(workspace.tree, record.staged(), below):
+            return None
+        failpoint("settle-after")
+        settled = replace(record, parent=parent, notes={})
+        self.trees.publish(workspace, name, settled)
+        return settled
+
+    def _stage(
+        self,
+        name: str,
+        diff_id: Digest,
+        parent: Digest | None,
+        open_read: OpenRead,
+        limits: LayerLimits,
+        report: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> LayerRecord:
+        from stowray.pipeline.ingest import GenerationChanged
+
+        for _ in range(TRIES):
+            try:
+                with self.trees.workspace() as workspace:
+                    staged = self._apply(
+                        workspace.tree, diff_id, parent, open_read, limits, report, cancelled
+                    )
+                    record = LayerRecord.of(staged, parent)
+                    self.trees.publish(workspace, name, record)
+                    return record
+            except GenerationChanged:
+                # The bytes so far were wrong; what was made of them is gone with the workspace.
+                continue
+        raise NodeError(f"layer {diff_id}", f"wrong bytes arrived {TRIES} times in a row")
+
+    def _apply(
+        self,
+        tree: Path,
+        diff_id: Digest,
+        parent: Digest | None,
+        open_read: OpenRead,
+        limits: LayerLimits,
+        report: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Staged:
+        from stowray.pipeline.layer import stage_layer
+        from stowray.pipeline.overlay import ChainView
+
+        lower = None
+        if parent is not None:
+            lower = ChainView(self.lowers(parent), self.privileged)
+        with open_read() as read:
+            staged = stage_layer(
+                read,
+                tree,
+                limits=limits,
+                privileged=self.privileged,
+                lower=lower,
+                report=report,
+                cancelled=cancelled,
+            )
+        if staged.diff_id != diff_id:
+            raise DigestMismatchError(f"layer {diff_id}", diff_id, staged.diff_id)
+        return staged
+
+    def _find(self, chain_id: Digest) -> Snapshot | None:
+        snapshot = self._read(self._path(chain_id), trusted=True)
+        if snapshot is None or snapshot.chain_id != chain_id:
+            return None
+        record = self.trees.find(snapshot.layer) if self.trees.owns(snapshot.layer) else None
+        if record is None or record.diff_id != snapshot.diff_id:
+            return None
+        return snapshot
+
+    def _path(self, chain_id: Digest) -> Path:
+        return self.directory / f"{self.trees.format}-{chain_id.encoded}"
+
+    def _paths(self) -> Iterator[Path]:
+        with translated(self.directory, "list the snapshots"):
+            try:
+                names = sorted(os.listdir(self.directory))
+            except FileNotFoundError:
+                return
+        for name in names:
+            if self.trees.owns(name):
+                yield self.directory / name
+
+    def _read(self, path: Path, *, trusted: bool) -> Snapshot | None:
+        record = read_record(path, self._store.trust)
+        if record is None or (trusted and not record.trusted):
+            return None
+        return Snapshot.parse(record.payload)
+
+    def _write(self, snapshot: Snapshot) -> None:
+        failpoint("snapshot-before-record")
+        stamp = self._store.trust.stamp()
+        write_record(self._path(snapshot.chain_id), snapshot.payload(), stamp)
+        failpoint("snapshot-after-record")
