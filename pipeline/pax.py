@@ -29,7 +29,7 @@ CHARSETS = (b"BINARY", b"ISO-IR 10646 2000 UTF-8")
 # A record's length has no more digits than the largest header: longer ones are refused unread.
 _LENGTH_DIGITS = 10
 _INTEGER = re.compile(rb"[0-9]{1,19}")
-_TIME = re.compile(rb"(-?)([0-9]{1,19})(?:\.([0-9]*))?")
+_INT64_DIGITS = 19
 _INT64 = 1 << 63
 _SECOND = 1_000_000_000
 
@@ -41,8 +41,8 @@ def parse(payload: bytes) -> dict[bytes, bytes]:
     position = 0
     while position < len(payload):
         space = payload.find(b" ", position, position + _LENGTH_DIGITS + 1)
-        digits = payload[position : max(space, position)]
-        if not digits.isdigit():
+        digits = payload[position:space]
+        if space < 0 or not digits.isdigit():
             raise LayerError("", "has a PAX record without a length")
         end = position + int(digits)
         if not space < end <= len(payload) or payload[end - 1] != 0x0A:
@@ -90,11 +90,18 @@ def integer(value: bytes, what: str) -> int:
 
 def time_ns(value: bytes) -> int:
     """Return a PAX time in nanoseconds since the epoch; finer digits are cut off, as Go does."""
-    match = _TIME.fullmatch(value)
-    if match is None or int(match[2]) >= _INT64:
+    whole, _, fraction = value.partition(b".")
+    negative = whole[:1] == b"-"
+    digits = whole[1:] if negative else whole
+    if (
+        not digits.isdigit()
+        or len(digits) > _INT64_DIGITS
+        or (fraction and not fraction.isdigit())
+        or (seconds := int(digits)) >= _INT64
+    ):
         raise LayerError("", "has a time that is no number in its PAX header")
-    nanoseconds = int(match[2]) * _SECOND + int((match[3] or b"")[:9].ljust(9, b"0"))
-    return -nanoseconds if match[1] else nanoseconds
+    nanoseconds = seconds * _SECOND + (int(fraction[:9].ljust(9, b"0")) if fraction else 0)
+    return -nanoseconds if negative else nanoseconds
 
 
 def xattrs(records: dict[bytes, bytes], limits: LayerLimits) -> dict[bytes, bytes] | None:

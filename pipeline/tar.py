@@ -352,12 +352,14 @@ class TarReader:
         pending.count += 1
         if pending.count > limits.metadata_headers:
             raise LayerError("", f"has more than {limits.metadata_headers} headers for one entry")
-        size = ustar.number(header[124:136], "size")
+        size = self._number(header[124:136], "size", b"")
         if not 0 <= size <= limits.metadata_size:
             raise LayerError("", f"has a PAX or long-name header of {size} bytes")
-        payload = self._gather(size)
-        if len(payload) < size or len(self._gather(-size % BLOCK)) < -size % BLOCK:
+        padded = size + -size % BLOCK
+        payload = self._gather(padded)
+        if len(payload) < padded:
             raise LayerError("", f"is cut off in a PAX or long-name header, at byte {self.offset}")
+        payload = payload[:size]
         if flag == _PAX:
             pending.records = pax.parse(payload)
         elif flag == _PAX_GLOBAL:
@@ -376,8 +378,7 @@ class TarReader:
     def _complete(self, entry: Entry, header: bytes, pending: _Pending | None) -> int:
         """Settle what is not plain about an entry; return the size of its data in the stream."""
         records = pending.records if pending is not None else None
-        if records is not None:
-            _merge(entry, records, self._limits)
+        holes = records is not None and _merge(entry, records, self._limits)
         if pending is not None:
             entry.name = pending.name or entry.name
             entry.linkname = pending.link or entry.linkname
@@ -393,7 +394,7 @@ class TarReader:
         if flag == _OLD_SPARSE:
             segments, real = sparse.old_gnu(header, self._map_block, self._limits)
             self._set_sparse(entry, segments, real, stored)
-        elif records is not None and any(key.startswith(pax.SPARSE) for key in records):
+        elif holes and records is not None:
             entry.name = records.get(b"GNU.sparse.name") or entry.name
             found = sparse.pax_map(records, stored, self._map_block, self._limits)
             if found is not None:
@@ -419,9 +420,12 @@ class TarReader:
         entry.sparse = segments
 
 
-def _merge(entry: Entry, records: dict[bytes, bytes], limits: LayerLimits) -> None:
-    """Apply PAX records to an entry; an empty value leaves the header's own (as in Go)."""
-    extended = False
+def _merge(entry: Entry, records: dict[bytes, bytes], limits: LayerLimits) -> bool:
+    """Apply PAX records to an entry and tell whether some of them make it a sparse file.
+
+    An empty value leaves what the header says (as in Go).
+    """
+    extended = holes = False
     for key, value in records.items():
         if not value:
             continue
@@ -437,16 +441,19 @@ def _merge(entry: Entry, records: dict[bytes, bytes], limits: LayerLimits) -> No
             entry.uid = ustar.owner(pax.integer(value, "user ID"), "user ID")
         elif key == b"gid":
             entry.gid = ustar.owner(pax.integer(value, "group ID"), "group ID")
-        elif key == b"GNU.sparse.name":
-            pax.path(value, "name", limits)
         elif key == b"SCHILY.devmajor":
             entry.devmajor = pax.integer(value, "major number")
         elif key == b"SCHILY.devminor":
             entry.devminor = pax.integer(value, "minor number")
         elif key.startswith((pax.SCHILY_XATTR, pax.LIBARCHIVE_XATTR)):
             extended = True
+        elif key.startswith(pax.SPARSE):
+            holes = True
+            if key == b"GNU.sparse.name":
+                pax.path(value, "name", limits)
     if extended:
         entry.xattrs = pax.xattrs(records, limits)
+    return holes
 
 
 def _named(error: LayerError, name: bytes) -> LayerError:

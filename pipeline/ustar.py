@@ -21,6 +21,7 @@ STAR_TRAILER = b"tar\0"
 CHECKSUM = slice(148, 156)
 
 INT64 = 1 << 63
+_ENDS = b" \0"
 # chown(-1) changes nothing (chown(2)), so 2^32-1 is no owner; above it values would be cut short.
 OWNER_MAX = 2**32 - 2
 # The kernel's dev_t has 12 bits for the major and 20 for the minor number.
@@ -42,6 +43,17 @@ def number(field: bytes, what: str) -> int:
         if not -INT64 <= value < INT64:
             raise LayerError("", f"has a {what} beyond 64 bits")
         return value
+    return octal(field, what)
+
+
+def octal(field: bytes, what: str) -> int:
+    """Return the value of a field of octal text; an empty one is 0."""
+    digits = field[:-1]
+    if digits.isdigit() and field[-1] in _ENDS:
+        try:
+            return int(digits, 8)
+        except ValueError:
+            raise LayerError("", f"has a {what} that is no number") from None
     match = _OCTAL.fullmatch(field)
     if match is None:
         raise LayerError("", f"has a {what} that is no number")
@@ -51,7 +63,7 @@ def number(field: bytes, what: str) -> int:
 def checksum_fits(header: bytes) -> bool:
     """Tell whether the header's checksum is right, summed as unsigned or, as once, signed bytes."""
     field = header[CHECKSUM]
-    stored = number(field, "checksum")
+    stored = octal(field, "checksum")
     # The field itself counts as eight spaces.
     unsigned = sum(header) - sum(field) + 8 * 0x20
     if stored == unsigned:
