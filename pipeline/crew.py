@@ -78,9 +78,7 @@ class LocalCrew:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
 
-    def _unpack(
-        self, step: Step, report: Report, cancelled: Callable[[], bool]
-    ) -> Future[Outcome]:
+    def _unpack(self, step: Step, report: Report, cancelled: Callable[[], bool]) -> Future[Outcome]:
         descriptor = step.descriptor
         layer = str(descriptor.digest)
         if step.kind == "stage":
@@ -140,9 +138,7 @@ def _fetch(
     report: Report,
     cancelled: Callable[[], bool],
 ) -> Outcome:
-    fetched = fetcher.fetch(
-        image.reference, step.descriptor, report=report, cancelled=cancelled
-    )
+    fetched = fetcher.fetch(image.reference, step.descriptor, report=report, cancelled=cancelled)
     return Outcome(
         source=fetched.source, fetched_bytes=fetched.fetched_bytes, seconds=fetched.seconds
     )

@@ -20,6 +20,7 @@ from stowray.pipeline.resolve import Request, Resolver, document_digests
 from stowray.pipeline.result import make_result
 from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.source import DiskImage, Source
 from stowray.pipeline.store import ReferenceRecord, Store
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run import Outcome
     from stowray.pipeline.settings import Settings
-    from stowray.pipeline.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +178,7 @@ class LocalEngine:
     def pull_all_platforms(
         self, source: Source, options: PullOptions, cancelled: Callable[[], bool] = never
     ) -> list[PullResult]:
-        """Bring the content of every platform that ``source`` offers into the store, not unpacked."""
+        """Bring the content of every platform that ``source`` offers into the store."""
         options = replace(options, unpack=False)
         with self._reported(source), self.store.lease(f"pull {source.canonical}") as lease:
             begun = time.perf_counter()
@@ -189,9 +189,7 @@ class LocalEngine:
             for image in found:
                 lease.add(digests=_all_digests(image), chain_ids=())
                 requests = 0 if results else request.manifest_requests
-                results.append(
-                    self._pull(source, image, options, cancelled, requests, seconds)
-                )
+                results.append(self._pull(source, image, options, cancelled, requests, seconds))
             return results
 
     def _pull(
@@ -320,14 +318,12 @@ class LocalEngine:
             if self._crew is None:
                 from stowray.pipeline.crew import LocalCrew
 
-                self._crew = LocalCrew(
-                    self.settings, self.store, fork_workers=self._fork_workers
-                )
+                self._crew = LocalCrew(self.settings, self.store, fork_workers=self._fork_workers)
             return self._crew
 
     def _get_side(self, source: Source) -> tuple[Fetcher, Resolver]:
         """Return the fetcher and resolver for where ``source`` comes from."""
-            from stowray.pipeline.fetch import Fetcher
+        from stowray.pipeline.fetch import Fetcher
 
         key = source.canonical if isinstance(source, DiskImage) else ""
         with self._lock:
@@ -373,9 +369,7 @@ def _report_present(report: Report, plan: Plan) -> None:
             report("commit", str(layer.chain_id), "exists")
 
 
-def _record(
-    source: Source, image: Image, options: PullOptions, store: Store
-) -> ReferenceRecord:
+def _record(source: Source, image: Image, options: PullOptions, store: Store) -> ReferenceRecord:
     known = store.find_reference(source.canonical, str(image.platform))
     return ReferenceRecord(
         reference=source.canonical,

@@ -33,7 +33,7 @@ Policy = Literal["missing", "always", "never", "newer"]
 
 @dataclass(slots=True)
 class Request:
-    """One question to the resolver: what is asked, by whom, and how far it may go for the answer."""
+    """One question to the resolver, and how far it may go for the answer."""
 
     reference: Source
     platform: Platform
@@ -116,7 +116,7 @@ class Resolver:
         manifest: Manifest,
         platform: Platform,
     ) -> Image:
-        """Return the image that ``manifest`` describes; ``platform`` is for a config that names none."""
+        """Return the image of ``manifest``; ``platform`` is for a config that names none."""
         images.check_image(manifest, descriptor.digest)
         config = self._config(request, manifest)
         image = images.Image(

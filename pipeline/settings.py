@@ -155,9 +155,7 @@ def _build(document: dict[str, Any], origin: str) -> Settings:
     return Settings(**_checked(Settings, values, "", origin))
 
 
-def _checked(
-    kind: type[Any], values: dict[str, Any], prefix: str, origin: str
-) -> dict[str, Any]:
+def _checked(kind: type[Any], values: dict[str, Any], prefix: str, origin: str) -> dict[str, Any]:
     known = {entry.name: entry for entry in fields(kind)}
     default = kind()
     checked: dict[str, Any] = {}

@@ -193,9 +193,7 @@ def pull(
         progress.watch(watch)
     engine = make_engine(configured, progress=progress)
     try:
-        return engine.pull(
-            source, _options(platform, policy, unpack=unpack, sync=sync), cancelled
-        )
+        return engine.pull(source, _options(platform, policy, unpack=unpack, sync=sync), cancelled)
     finally:
         engine.close()
         progress.close()

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 
 _COMMON: tuple[Callable[[Any], Any], ...] = (
     click.option("--store", metavar="DIR", help="The store (env STOWRAY_STORE)."),
-    click.option("--engine", type=click.Choice(["auto", "local", "ray"]), help="Who does the work."),
+    click.option(
+        "--engine", type=click.Choice(["auto", "local", "ray"]), help="Who does the work."
+    ),
     click.option("--address", metavar="RAY", help="A running Ray cluster to attach to."),
     click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: this machine's."),
     click.option("--config", metavar="FILE", help="Settings file (TOML)."),

@@ -1,4 +1,4 @@
-"""Commands that only look: ``resolve``, ``config``, ``key``, ``reference``, ``platform``, ``plan``."""
+"""Commands that only look: from ``resolve`` to ``plan``."""
 
 from __future__ import annotations
 
@@ -175,9 +175,7 @@ def plan_command(
     from stowray.cli.work import Work
     from stowray.pipeline.source import parse_source
 
-    options = replace(
-        _options(context, offline=offline, policy=policy), unpack=not no_unpack
-    )
+    options = replace(_options(context, offline=offline, policy=policy), unpack=not no_unpack)
 
     def make(text: str, cancelled: Callable[[], bool]) -> dict[str, Any]:
         image, plan = work.engine.plan(parse_source(text), options, cancelled)
@@ -207,9 +205,7 @@ def describe_plan(image: Image, plan: Plan) -> dict[str, Any]:
         # Unpacked sizes are not known before the layers are: archives of programs and libraries
         # shrink to about two fifths under gzip.
         "disk_bytes": plan.fetch_bytes
-        + sum(
-            int(layer.descriptor.size * 2.5) for layer in plan.layers if not layer.committed
-        ),
+        + sum(int(layer.descriptor.size * 2.5) for layer in plan.layers if not layer.committed),
         "requests": len(fetched),
         "layers": [
             {
@@ -241,8 +237,10 @@ def _plan_text(answer: dict[str, Any]) -> str:
     lines = [
         f"{answer['reference']} ({answer['platform']})",
         f"  manifest {answer['digest']}",
-        f"  fetch {size_text(answer['fetch_bytes'])} in {answer['requests']} requests, "
-        f"about {size_text(answer['disk_bytes'])} of disk",
+        (
+            f"  fetch {size_text(answer['fetch_bytes'])} in {answer['requests']} requests, "
+            f"about {size_text(answer['disk_bytes'])} of disk"
+        ),
     ]
     lines += [
         f"  {layer['digest'][:19]}  {size_text(layer['size']):>10}  "

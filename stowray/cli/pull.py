@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
-from stowray.cli.app import fail
 from stowray.cli.context import command
-from stowray.pipeline.errors import StowrayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -1,4 +1,4 @@
-"""Commands about what is in the store: ``images``, ``inspect``, ``rm``, ``gc``, ``pin``, ``verify``."""
+"""Commands about what is in the store: from ``images`` to ``verify``."""
 
 from __future__ import annotations
 
@@ -172,7 +172,9 @@ def rm_command(context: Context, references: tuple[str, ...]) -> int:
             statuses.append(fail(error, context, text))
         else:
             statuses.append(0)
-            _say(json.dumps({"reference": canonical, "removed": True}) if context.json else canonical)
+            _say(
+                json.dumps({"reference": canonical, "removed": True}) if context.json else canonical
+            )
     if len(references) == 1:
         return statuses[0]
     return 1 if any(statuses) else 0
@@ -182,9 +184,7 @@ def rm_command(context: Context, references: tuple[str, ...]) -> int:
 @click.option("--dry-run", is_flag=True, help="Only tell what would be removed.")
 @click.option("--max-size", metavar="SIZE", help="Also remove oldest unpinned images above SIZE.")
 @click.option("--min-free", metavar="SIZE", help="Also remove oldest unpinned images for SIZE.")
-def gc_command(
-    context: Context, dry_run: bool, max_size: str | None, min_free: str | None
-) -> int:
+def gc_command(context: Context, dry_run: bool, max_size: str | None, min_free: str | None) -> int:
     """Remove blobs, layer trees and leftovers that no reference, pin, lease or pull needs."""
     from stowray.pipeline.collect import collect
 
@@ -247,9 +247,7 @@ def unpin_command(context: Context, references: tuple[str, ...]) -> int:
 @click.argument("references", metavar="[REF...]", nargs=-1)
 @click.option("--deep", is_flag=True, help="Compare every unpacked tree with its layers.")
 @click.option("--repair", is_flag=True, help="Fetch and unpack again what is damaged.")
-def verify_command(
-    context: Context, references: tuple[str, ...], deep: bool, repair: bool
-) -> int:
+def verify_command(context: Context, references: tuple[str, ...], deep: bool, repair: bool) -> int:
     """Re-hash what the store holds (of REF, or everything) and name what is damaged.
 
     Exits with 5 when damage was found and not mended.

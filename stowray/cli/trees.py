@@ -1,4 +1,4 @@
-"""Commands that hand out a root filesystem: ``rootfs``, ``mount``, ``umount``, ``unshare``, ``bundle``."""
+"""Commands that hand out a root filesystem: ``rootfs``, ``mount``, ``unshare``, ``bundle``."""
 
 from __future__ import annotations
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self
@@ -77,9 +76,7 @@ class Work:
             return self._answer(references[0], lambda: work(references[0], self.cancelled), show)
         self.engine.begin()
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="pull") as pool:
-            futures = [
-                pool.submit(work, reference, self.cancelled) for reference in references
-            ]
+            futures = [pool.submit(work, reference, self.cancelled) for reference in references]
             statuses = [
                 self._answer(reference, _waiting(future), show)
                 for reference, future in zip(references, futures, strict=True)
@@ -88,9 +85,7 @@ class Work:
             return 130
         return 1 if any(statuses) else 0
 
-    def _answer(
-        self, reference: str, get: Callable[[], Any], show: Callable[[Any], None]
-    ) -> int:
+    def _answer(self, reference: str, get: Callable[[], Any], show: Callable[[Any], None]) -> int:
         try:
             answer = get()
         except StowrayError as error:

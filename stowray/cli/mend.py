@@ -1,0 +1,53 @@
+"""Carry out ``verify``: find damage, name it, and with ``--repair`` mend it by pulling again."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stowray.cli.context import Context
+
+
+def verify_store(context: Context, references: tuple[str, ...], *, deep: bool, repair: bool) -> int:
+    """Verify and return the exit status: 5 when damage stays."""
+    from stowray.pipeline.source import parse_source
+    from stowray.pipeline.verify import verify
+
+    store = context.open_store()
+    names = [parse_source(text).canonical for text in references]
+    report = verify(store, names or None, deep=deep, repair=repair)
+    mended = True
+    if report.damaged and repair:
+        mended = _pull_again(context, report.references)
+        report = report.with_repair(mended)
+    if context.json:
+        print(json.dumps(report.to_dict()))  # noqa: T201
+    else:
+        print(report.text())  # noqa: T201
+    return 5 if report.damaged and not (repair and mended) else 0
+
+
+def _pull_again(context: Context, references: tuple[tuple[str, str, bool], ...]) -> bool:
+    """Pull each damaged reference again; what is undamaged is found and not fetched."""
+    from stowray.cli.work import Work
+    from stowray.pipeline.engine import PullOptions
+    from stowray.pipeline.platform import Platform
+    from stowray.pipeline.source import parse_source
+
+    statuses = []
+    with Work(context) as work:
+        for reference, platform, unpacked in references:
+            options = PullOptions(
+                platform=Platform.parse(platform), policy="missing", unpack=unpacked
+            )
+            statuses.append(
+                work.each(
+                    [reference],
+                    lambda text, cancelled, options=options: work.engine.pull(
+                        parse_source(text), options, cancelled
+                    ),
+                    lambda _result: None,
+                )
+            )
+    return not any(statuses)

@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from stowray.pipeline.errors import UsageError
+from stowray.pipeline.settings import Settings, load_settings
+
+DEFAULT = Path(__file__).parents[2] / "configs" / "default.toml"
+
+
+def test_the_default_file_lists_every_key_with_its_default() -> None:
+    document = tomllib.loads(DEFAULT.read_text())
+    expected = dataclasses.asdict(Settings())
+    expected["registry"]["plain_http"] = list(expected["registry"]["plain_http"])
+    assert document == expected
+    assert load_settings(config=str(DEFAULT)) == Settings()
+
+
+def test_every_key_of_the_default_file_is_explained() -> None:
+    lines = DEFAULT.read_text().splitlines()
+    for number, line in enumerate(lines):
+        if "=" in line and not line.startswith("#"):
+            above = number - 1
+            while "=" in lines[above] and not lines[above].startswith("#"):
+                above -= 1
+            assert lines[above].startswith("#"), f"{line!r} has no comment"
+
+
+@pytest.mark.parametrize(
+    ("text", "named"),
+    [
+        pytest.param("stores = 'x'", "stores", id="unknown key"),
+        pytest.param("[registry]\nattempts = 'six'", "registry.attempts", id="wrong type"),
+        pytest.param("[registry]\nattempts = true", "registry.attempts", id="bool is no number"),
+        pytest.param("[registry]\nattempts = -1", "registry.attempts", id="negative"),
+        pytest.param("registry = 1", "registry", id="section is no table"),
+        pytest.param("engine = 'fast'", "engine", id="unknown choice"),
+        pytest.param("[registry]\nplain_http = 'host'", "registry.plain_http", id="no list"),
+        pytest.param("engine = ", "TOML", id="not TOML"),
+    ],
+)
+def test_a_bad_setting_is_named(tmp_path: Path, text: str, named: str) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(text)
+    with pytest.raises(UsageError) as caught:
+        load_settings(config=str(file))
+    assert named in str(caught.value)
+    assert str(file) in str(caught.value)
+
+
+def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
+    with pytest.raises(UsageError):
+        load_settings(config=str(tmp_path / "none.toml"))
+
+
+def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text("store = '/a'\n[registry]\nauthfile = '/x'\nattempts = 3\n")
+    settings = load_settings(
+        config=str(file), overrides={"store": "/b", "authfile": "", "platform": "linux/arm64"}
+    )
+    assert settings.store == "/b"
+    assert settings.registry.authfile == "/x"
+    assert settings.registry.attempts == 3
+    assert settings.resolve.platform == "linux/arm64"
+
+
+def test_the_store_path_takes_the_node_name_and_the_environment(monkeypatch) -> None:
+    assert Settings(store="/s/{node}", node="n7").store_path() == Path("/s/n7")
+    monkeypatch.setenv("STOWRAY_STORE", "/e")
+    assert Settings().store_path() == Path("/e")
+    assert Settings(store="/s").store_path() == Path("/s")
+    monkeypatch.delenv("STOWRAY_STORE")
+    monkeypatch.setenv("XDG_DATA_HOME", "/x")
+    expected = "/var/lib/stowray" if os.geteuid() == 0 else "/x/stowray"
+    assert Settings().store_path() == Path(expected)
