@@ -141,7 +141,7 @@ class Follower:
 
     def _took(self, count: int) -> None:
         # The generation is compared after the read as well: a taker-over may reuse the file.
-        self._check_generation()
+        self._is_current_generation()
         if count == 0:
             raise StorageError(
                 str(self._home.blob_path(self.digest)),
@@ -169,25 +169,25 @@ class Follower:
             return 0
         if self._committed:
             return self.size
-        if self._state is None:
-            return 0
-        prefix = self._state.prefix
-        self._check_generation()
         state = self._state
         if state is None:
+            return 0
+        prefix = state.prefix
+        if not self._is_current_generation():
             return 0
         if state.status == COMMITTED:
             self._committed = True
         return min(prefix, self.size)
 
-    def _check_generation(self) -> None:
+    def _is_current_generation(self) -> bool:
+        """Say whether what is attached still counts; ``GenerationChanged`` when bytes are void."""
         if self._committed or self._state is None or self._state.generation == self.generation:
-            return
-        moved = self._offset > 0
+            return True
         self._detach()
-        if moved:
+        if self._offset > 0:
             self._stale = True
             raise GenerationChanged(str(self.digest))
+        return False
 
     def _attach(self) -> bool:
         """Open the committed blob or the growing one; False while there is neither."""

@@ -424,15 +424,17 @@ class Ingest:
             )
 
     def _remove(self) -> None:
-        """Remove the directory; the lock last, so that the next locker sees it is not current."""
         with translated(self._directory, "remove an ingest"):
-            for entry in list(self._directory.iterdir()):
-                if entry.name != "lock":
-                    with suppress(FileNotFoundError):
-                        entry.unlink()
-            failpoint("ingest-before-unlock")
-            with suppress(FileNotFoundError):
-                (self._directory / "lock").unlink()
-            # A new writer may have made its own lock file in between: then the directory is its.
-            with suppress(OSError):
-                self._directory.rmdir()
+            discard_ingest(self._directory)
+
+
+def discard_ingest(directory: Path) -> None:
+    """Remove an ingest whose lock is held: the lock last, so that the next locker finds it gone."""
+    for entry in list(directory.iterdir()):
+        if entry.name != "lock":
+            entry.unlink(missing_ok=True)
+    failpoint("ingest-before-unlock")
+    (directory / "lock").unlink(missing_ok=True)
+    # A new writer may have made its own lock file in between: then the directory is its.
+    with suppress(OSError):
+        directory.rmdir()

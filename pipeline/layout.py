@@ -4,9 +4,9 @@ Invariant: the index is derived from the reference records and says nothing that
 two entries have one name: skopeo takes the first of several and umoci refuses them all.
 
 An entry's name is the canonical reference where the image-spec's grammar of
-``org.opencontainers.image.ref.name`` allows it, because skopeo and umoci refuse to look up any other
-name. What the grammar forbids (``a__b``, ``:_x``, ``[::1]:5000/x``) is written as ``+`` and two
-upper-case hexadecimal digits per character, after a ``0`` where the name would begin with it:
+``org.opencontainers.image.ref.name`` allows it, because skopeo and umoci refuse to look up any
+other name. What the grammar forbids (``a__b``, ``:_x``, ``[::1]:5000/x``) is written as ``+`` and
+two upper-case hexadecimal digits per byte, after a ``0`` where the name would begin with it:
 ``a+5F+5Fb``, ``+`` being a character that no reference has. With several platforms of one reference
 the one that this host prefers has the plain name, the others ``NAME+linux.arm64``.
 """

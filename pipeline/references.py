@@ -8,14 +8,19 @@ index anew, so that a crash between the two leaves no stale index behind.
 from __future__ import annotations
 
 import hashlib
+import os
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from stowray.pipeline.errors import StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import translated
 from stowray.pipeline.recordfile import require_record_file
 from stowray.pipeline.records import ReferenceRecord, parse_record, read_record, write_record
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
     from pathlib import Path
 
     from stowray.pipeline.store import Store
@@ -63,47 +68,98 @@ def require_references(store: Store) -> list[ReferenceRecord]:
         record = parse_record(content, store.trust)
         parsed = None if record is None else ReferenceRecord.parse(record.payload)
         if parsed is None:
-            from stowray.pipeline.errors import StorageError
-
             raise StorageError(str(path), f"this record is of an unknown form: {_REMEDY}")
         found.append(parsed)
     return found
 
 
 def record_reference(store: Store, record: ReferenceRecord) -> None:
-    """Write one record and derive the index."""
-    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
-        whole = _begin(store)
-        path = record_path(store, record.reference, record.platform)
-        write_record(path, record.payload(), store.trust.stamp())
-        failpoint("reference-recorded")
-        _derive(store, record.reference, whole=whole)
-        _end(store)
+    """Record an image that is here and derive the index; pins stay.
+
+    When nothing but the time differs from what is recorded, only the use is noted.
+    """
+    path = record_path(store, record.reference, record.platform)
+    old = find_reference(store, record.reference, record.platform)
+    if old is not None:
+        record = replace(record, created=old.created, pinned=old.pinned or record.pinned)
+        if record == old and not os.path.lexists(store.path / "refs" / MARKER):
+            with translated(path, "note the use of an image"), suppress(FileNotFoundError):
+                os.utime(path)
+                return
+    _change(store, [record], [])
+
+
+def pin_reference(
+    store: Store, canonical: str, platform: str | None = None, *, pinned: bool = True
+) -> int:
+    """Protect an image from the collector's limits, or no more; return how many records it has."""
+    found = [
+        record
+        for record in references(store, canonical)
+        if platform is None or record.platform == platform
+    ]
+    changed = [replace(record, pinned=pinned) for record in found if record.pinned != pinned]
+    if changed:
+        _change(store, changed, [])
+    return len(found)
 
 
 def remove_reference(store: Store, canonical: str, platform: str | None = None) -> int:
-    """Forget a reference, for one platform or for all; return how many records went."""
-    directory = reference_directory(store, canonical)
-    removed = 0
-    with store.lock("refs", wait_seconds=_LOCK_SECONDS), translated(directory, "forget an image"):
-        paths = (
-            _paths(store, canonical)
-            if platform is None
-            else [record_path(store, canonical, platform)]
-        )
+    """Forget a reference, for one platform or for all; return how many records went.
+
+    Damaged records of the reference go as well.
+    """
+    if platform is not None:
+        return _change(store, [], [(canonical, record_path(store, canonical, platform))])
+    return _change(store, [], [(canonical, path) for path in _paths(store, canonical)])
+
+
+def remove_records(store: Store, records: Iterable[ReferenceRecord]) -> int:
+    """Forget several images at once; return how many records went."""
+    return _change(
+        store,
+        [],
+        [
+            (record.reference, record_path(store, record.reference, record.platform))
+            for record in records
+        ],
+    )
+
+
+def last_used(store: Store, record: ReferenceRecord) -> tuple[float, str]:
+    """Return a key that sorts images by when they were last pulled."""
+    try:
+        used = record_path(store, record.reference, record.platform).lstat().st_mtime
+    except FileNotFoundError:
+        used = record.created
+    return used, record.reference
+
+
+def _change(store: Store, written: list[ReferenceRecord], removed: list[tuple[str, Path]]) -> int:
+    """Write and remove records and derive the index, as one change under one lock."""
+    if not written and not removed:
+        return 0
+    count = 0
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
         whole = _begin(store)
-        for path in paths:
-            try:
-                path.unlink()
-            except FileNotFoundError:
-                continue
-            removed += 1
-        if directory.is_dir() and not any(directory.iterdir()):
-            directory.rmdir()
-        failpoint("reference-removed")
-        _derive(store, canonical, whole=whole)
+        for record in written:
+            path = record_path(store, record.reference, record.platform)
+            write_record(path, record.payload(), store.trust.stamp())
+        for _, path in removed:
+            with translated(path, "forget an image"):
+                try:
+                    path.unlink()
+                except FileNotFoundError:
+                    continue
+                count += 1
+                if not any(path.parent.iterdir()):
+                    path.parent.rmdir()
+        failpoint("references-changed")
+        changed = {record.reference for record in written} | {name for name, _ in removed}
+        _derive(store, min(changed), whole=whole or len(changed) > 1)
+        failpoint("index-derived")
         _end(store)
-    return removed
+    return count
 
 
 def derive_index(store: Store) -> None:

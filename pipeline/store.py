@@ -19,14 +19,13 @@ import hashlib
 import os
 import re
 import secrets
-import stat
 import threading
 import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from stowray.pipeline.clock import Boot, boot_time_ns
-from stowray.pipeline.digest import HEX_LENGTHS, Digest
+from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import (
     DigestMismatchError,
     NotFoundError,
@@ -35,7 +34,6 @@ from stowray.pipeline.errors import (
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import (
     TEMPORARY,
-    make_directory,
     open_regular,
     read_regular,
     replace_file,
@@ -43,6 +41,7 @@ from stowray.pipeline.files import (
     translated,
     write_all,
 )
+from stowray.pipeline.foundation import FORMAT, create_store, open_root, read_version
 from stowray.pipeline.locks import is_current, locked
 from stowray.pipeline.recordfile import encode_record, read_record_file
 from stowray.pipeline.records import BlobRecord, Record, read_record, write_record
@@ -58,24 +57,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.probe import Capabilities
     from stowray.pipeline.records import ReferenceRecord
 
-FORMAT = 1
 RESERVE_BYTES = 64 << 20
-DIRECTORIES = (
-    "blobs",
-    *(f"blobs/{algorithm}" for algorithm in HEX_LENGTHS),
-    "refs",
-    "sources",
-    *(f"sources/{algorithm}" for algorithm in HEX_LENGTHS),
-    "durable",
-    "ingest",
-    "layers",
-    "snapshots",
-    "leases",
-    "locks",
-    "quarantine",
-    "trash",
-)
-FILES = {"oci-layout", "index.json", "nonce", "version", "capabilities.json"}
 _LOCK_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,180}")
 _LOCK_SECONDS = 30.0
 _READ_SIZE = 1 << 20
@@ -124,13 +106,13 @@ class Store:
         ``sync`` needs is opened here, before the first write.
         """
         path = Path(os.path.abspath(path))
-        descriptor = _open_root(path, create=create)
+        descriptor = open_root(path, create=create)
         try:
-            version, found = _read_version(path), None
+            version, found = read_version(path), None
             if version is None:
                 if not create:
                     raise StorageError(str(path), "no store here: pull an image into it first")
-                found = _create(path, descriptor)
+                found = create_store(path, descriptor)
                 version = FORMAT
             if version > FORMAT:
                 raise StorageError(
@@ -465,76 +447,3 @@ class Store:
         if self.writable and is_current(descriptor, path):
             self.quarantine(digest)
         raise NotFoundError(str(digest), str(self.path))
-
-
-def _open_root(path: Path, *, create: bool) -> int:
-    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
-    with translated(path, "open the store"):
-        try:
-            return os.open(path, flags)
-        except FileNotFoundError:
-            if not create:
-                raise StorageError(
-                    str(path), "no store here: pull an image into it first"
-                ) from None
-            path.parent.mkdir(parents=True, exist_ok=True)
-            make_directory(path)
-            return os.open(path, flags)
-
-
-def _read_version(path: Path) -> int | None:
-    """Return the store's format, or None when the directory is no (finished) store.
-
-    Nothing waits for the disk when a store is made, so a power cut may leave empty files: making it
-    once more mends them.
-    """
-    with translated(path, "open the store"):
-        try:
-            text = read_regular(path / "version", 64)
-            nonce = read_regular(path / "nonce", 256)
-        except FileNotFoundError:
-            return None
-    if not text.strip(b"\0") or not nonce.strip(b"\0"):
-        return None
-    if not re.fullmatch(rb"[0-9]{1,9}\n", text):
-        raise StorageError(
-            str(path / "version"),
-            f"damaged: write {FORMAT} into it if this store was made by this stowray",
-        )
-    return int(text)
-
-
-def _create(path: Path, descriptor: int) -> Capabilities | None:
-    """Make a store in an empty (or half made) directory; the version file is written last."""
-    from stowray.pipeline.layout import LAYOUT_FILE, other_entries, write_index
-    from stowray.pipeline.probe import probe
-    from stowray.pipeline.references import MARKER
-
-    with translated(path, "make a store"):
-        # The directory itself is the lock: two first pulls must not see each other's halves.
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        try:
-            if _read_version(path) is not None:
-                return None
-            ours = {name.partition("/")[0] for name in DIRECTORIES} | FILES
-            for entry in path.iterdir():
-                if entry.name not in ours and not entry.name.startswith((TEMPORARY, ".probe-")):
-                    raise StorageError(
-                        str(path), "not empty and not a store: choose another --store"
-                    )
-            found = probe(path)
-            found.require(path)
-            os.fchmod(descriptor, stat.S_IRWXU)
-            for name in DIRECTORIES:
-                make_directory(path / name)
-            replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
-            replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
-            if other_entries(path, "") is None:
-                # Missing, or cut short by a power cut: the marker has it derived at the next change.
-                write_index(path, [], [])
-                (path / "refs" / MARKER).touch(mode=0o600)
-            failpoint("create-before-version")
-            replace_file(path / "version", f"{FORMAT}\n".encode())
-            return found
-        finally:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)

@@ -1,0 +1,124 @@
+"""The making of a store directory, and the test whether a directory is one.
+
+Invariant: a directory is a store only once its version file is there, which is written last; a half
+made store is finished by whoever opens it next, and nothing is ever put into a directory that holds
+something else.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import stat
+from typing import TYPE_CHECKING
+
+from stowray.pipeline.digest import HEX_LENGTHS
+from stowray.pipeline.errors import StorageError
+from stowray.pipeline.failpoint import failpoint
+from stowray.pipeline.files import (
+    TEMPORARY,
+    make_directory,
+    read_regular,
+    replace_file,
+    translated,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from stowray.pipeline.probe import Capabilities
+
+FORMAT = 1
+_DIRECTORIES = (
+    "blobs",
+    *(f"blobs/{algorithm}" for algorithm in HEX_LENGTHS),
+    "refs",
+    "sources",
+    *(f"sources/{algorithm}" for algorithm in HEX_LENGTHS),
+    "durable",
+    "ingest",
+    "layers",
+    "snapshots",
+    "leases",
+    "locks",
+    "quarantine",
+    "trash",
+)
+# Also made later by others; what else lies there makes it somebody else's directory.
+_OTHERS = {"oci-layout", "index.json", "nonce", "version", "capabilities.json", "mounts"}
+
+
+def open_root(path: Path, *, create: bool) -> int:
+    """Open the store's directory, with ``create`` making it (mode 0700) when there is none."""
+    flags = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+    with translated(path, "open the store"):
+        try:
+            return os.open(path, flags)
+        except FileNotFoundError:
+            if not create:
+                raise StorageError(
+                    str(path), "no store here: pull an image into it first"
+                ) from None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            make_directory(path)
+            return os.open(path, flags)
+
+
+def read_version(path: Path) -> int | None:
+    """Return the store's format, or None when the directory is no (finished) store.
+
+    Nothing waits for the disk when a store is made, so a power cut may leave empty files: making it
+    once more mends them.
+    """
+    with translated(path, "open the store"):
+        try:
+            text = read_regular(path / "version", 64)
+            nonce = read_regular(path / "nonce", 256)
+        except FileNotFoundError:
+            return None
+    if not text.strip(b"\0") or not nonce.strip(b"\0"):
+        return None
+    if not re.fullmatch(rb"[0-9]{1,9}\n", text):
+        raise StorageError(
+            str(path / "version"),
+            f"damaged: write {FORMAT} into it if this store was made by this stowray",
+        )
+    return int(text)
+
+
+def create_store(path: Path, descriptor: int) -> Capabilities | None:
+    """Make a store in an empty (or half made) directory; the version file is written last."""
+    from stowray.pipeline.layout import LAYOUT_FILE, other_entries, write_index
+    from stowray.pipeline.probe import probe
+    from stowray.pipeline.references import MARKER
+
+    with translated(path, "make a store"):
+        # The directory itself is the lock: two first pulls must not see each other's halves.
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            if read_version(path) is not None:
+                return None
+            ours = {name.partition("/")[0] for name in _DIRECTORIES} | _OTHERS
+            for entry in path.iterdir():
+                if entry.name not in ours and not entry.name.startswith((TEMPORARY, ".probe-")):
+                    raise StorageError(
+                        str(path), "not empty and not a store: choose another --store"
+                    )
+            found = probe(path)
+            found.require(path)
+            os.fchmod(descriptor, stat.S_IRWXU)
+            for name in _DIRECTORIES:
+                make_directory(path / name)
+            replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
+            replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
+            if other_entries(path, "") is None:
+                # Missing or cut short: the marker has it derived at the next change.
+                write_index(path, [], [])
+                (path / "refs" / MARKER).touch(mode=0o600)
+            failpoint("create-before-version")
+            replace_file(path / "version", f"{FORMAT}\n".encode())
+            return found
+        finally:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
