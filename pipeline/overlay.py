@@ -213,10 +213,13 @@ class ChainView:
             attributes = self._read_xattrs(node)
         except OSError as error:
             raise self._error(error, node.path) from error
-        record = self._record(node.layer, node.path)
-        if record is not None:
-            attributes.update(record.xattrs)
+        attributes.update(self.unset_xattrs(node))
         return attributes
+
+    def unset_xattrs(self, node: Node) -> dict[bytes, bytes]:
+        """Return those attributes that only the entry list holds."""
+        record = self._record(node.layer, node.path)
+        return dict(record.xattrs) if record is not None else {}
 
     def links(self, node: Node) -> list[bytes]:
         """Return all visible names of the inode, at least its own."""
