@@ -1,8 +1,8 @@
 """A small tar writer that says exactly what it is told, odd headers included.
 
-``archive(directory("d"), file("d/f", b"data"))`` is the plain use; ``header`` takes raw field values
-(numbers are octal unless given as bytes), ``pax``/``gnu_long`` write the metadata headers that stand
-in front of an entry, and ``old_sparse``/``pax_sparse`` the four sparse formats.
+``archive(directory("d"), file("d/f", b"data"))`` is the plain use; ``header`` takes raw field
+values (numbers are octal unless given as bytes), ``pax``/``gnu_long`` write the metadata headers
+that stand in front of an entry, and ``old_sparse``/``pax_sparse`` the four sparse formats.
 """
 
 from __future__ import annotations
