@@ -1,16 +1,16 @@
-"""Where bytes come from, as the rest sees it: a registry, a peer, or an image on disk.
+"""Where content comes from: one shape for registries, mirrors, peers and images on disk.
 
-Invariant: an origin hands out bytes and says what they claim to be; that they are right is proven
-by whoever stores them.
+Invariant: what an origin hands over as a manifest was hashed; the bytes of a blob were not, and are
+proven by whoever takes them.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 if TYPE_CHECKING:
-    from types import TracebackType
+    from collections.abc import Callable
 
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
@@ -19,49 +19,56 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What a reference points to now, and its verified body when that came with the answer."""
+    """What a reference names now; ``body`` is the hashed document when it came along."""
 
     descriptor: Descriptor
     body: bytes | None = None
+    source: str = ""
+    # Manifest requests that count against a registry's quota.
+    requests: int = 0
 
 
 class BlobStream(Protocol):
-    """The bytes of one blob from ``offset`` on; closed by whoever opened it."""
+    """The bytes of one blob from ``offset`` on, not verified; to be closed on every path.
+
+    ``source`` names the host or file that serves it. ``offset`` may be smaller than the one asked
+    for (a server that knows no ranges): the reader discards up to where it wants to go on.
+    """
 
     @property
     def offset(self) -> int:
-        """Where the stream really starts: not always where it was asked to."""
+        """Where the stream really starts."""
 
     @property
     def source(self) -> str:
         """Who serves it, for reports: a host or a path, without credentials."""
 
-    def read(self, size: int) -> bytes:
-        """Return up to ``size`` bytes; none at the end."""
+    def read(self, size: int = 1 << 20) -> bytes:
+        """Return at most ``size`` bytes, ``b""`` at the end of what this source sends."""
 
     def close(self) -> None:
-        """Give back the connection or descriptor; may be called twice."""
+        """Free the connection or file; calling it twice is harmless."""
 
-    def __enter__(self) -> BlobStream:
-        """Return the stream itself."""
+    def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Close the stream."""
+    def __exit__(self, *details: object) -> None: ...
 
 
 class Origin(Protocol):
-    """Three questions that every source of images answers; safe to ask from several threads."""
+    """A place that images come from; every method may be called from several threads."""
 
     def resolve(self, reference: Source) -> Resolved:
-        """Return what ``reference`` points to, or raise ``NotFoundError``."""
+        """Return what ``reference`` names now, or raise ``NotFoundError``."""
 
     def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
-        """Return the verified document ``digest``: a manifest or index."""
+        """Return the index, manifest or config ``digest`` of the repository, hashed."""
 
-    def open_blob(self, reference: Source, descriptor: Descriptor, offset: int = 0) -> BlobStream:
-        """Return the unverified bytes of a blob, from ``offset`` on if the source can."""
+    def open_blob(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        offset: int = 0,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> BlobStream:
+        """Return the blob's bytes from ``offset`` on; a wait in it ends when ``cancelled()``."""

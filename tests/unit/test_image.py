@@ -463,7 +463,7 @@ class TestChecks:
     def test_an_artifact_is_no_image(self) -> None:
         empty = descriptor(mediaType="application/vnd.oci.empty.v1+json")
         parsed = parse_manifest(manifest(config=empty, artifactType="application/vnd.example"))
-        with pytest.raises(ManifestError, match="artifact of type application/vnd.example"):
+        with pytest.raises(ManifestError, match=r"artifact of type application/vnd\.example"):
             image.check_image(parsed, DIGEST)
 
     @pytest.mark.parametrize("layers, diff_ids", [(1, 2), (2, 1), (0, 1), (1, 0)])
