@@ -31,6 +31,7 @@ OBJECT_STORE_SIZE = 128 << 20
 ATTACH_SECONDS = 15.0
 CONNECT_SECONDS = 5.0
 END_SECONDS = 5.0
+SHUTDOWN_SECONDS = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def attached_ray(
         try:
             yield _here(is_own=False, token_path=token_path)
         finally:
-            ray.shutdown()
+            _shut_down()
 
 
 @contextmanager
@@ -128,15 +129,23 @@ def _start(directory: Path, token_path: Path, num_cpus: int | None) -> RayAddres
 
 
 def _stop(directory: Path) -> None:
-    import ray
-
     started = started_below(directory)
     try:
-        ray.shutdown()
+        _shut_down()
     finally:
         for process in processes.wait_gone(started, END_SECONDS):
             process.send(signal.SIGKILL)
         processes.wait_gone(started, END_SECONDS)
+
+
+def _shut_down() -> None:
+    """Leave the Ray that this process is connected to, even one whose head no longer answers."""
+    import ray
+
+    # In a thread of its own, because ray.shutdown waits for a dead head.
+    thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
+    thread.start()
+    thread.join(SHUTDOWN_SECONDS)
 
 
 def started_below(directory: Path) -> list[processes.Process]:

@@ -1,0 +1,250 @@
+"""All that is said to Ray: which actor runs where and how, and what its failures mean.
+
+The modules of the actors are imported where they are started, because they import this one.
+Invariant: ``ray.remote`` is called here only; actors of a run are unnamed and end with their
+driver, those of a session are detached and bear the protocol's number in their name, so that no
+program ever talks to an actor of another make. Ray's exceptions go no further than this module.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import ray
+import ray.exceptions
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from stowray.actors.session import PROTOCOL
+from stowray.pipeline.errors import (
+    CancelledError,
+    DeadlineError,
+    NodeError,
+    StorageError,
+    StowrayError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from ray.actor import ActorProxy
+
+    from stowray.actors.fetcher import FetchActor
+    from stowray.actors.node import NodeActor
+    from stowray.actors.progress import ProgressActor
+    from stowray.actors.resolver import ResolverActor
+    from stowray.actors.unpacker import UnpackActor
+
+Value = TypeVar("Value")
+
+NODES_SECONDS = 10.0
+WAIT_SECONDS = 0.2
+_LOSSES = (
+    ray.exceptions.RayActorError,
+    ray.exceptions.WorkerCrashedError,
+    ray.exceptions.NodeDiedError,
+    ray.exceptions.LocalRayletDiedError,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an actor lives: the node, and for a session the name under which it is found."""
+
+    node_id: str
+    name: str = ""
+    restarts: int = 0
+
+    def options(self, **groups: int) -> dict[str, Any]:
+        """Return the options of an actor with these concurrency groups."""
+        options: dict[str, Any] = {
+            # A node without a free processor is served too; what an actor uses is mostly I/O.
+            "num_cpus": 0,
+            # Calls are idempotent and repeated by whoever made them; Ray repeats nothing.
+            "max_restarts": self.restarts,
+            "max_task_retries": 0,
+            "concurrency_groups": groups,
+            "scheduling_strategy": NodeAffinitySchedulingStrategy(self.node_id, soft=False),
+        }
+        if self.name:
+            options |= {"name": self.name, "lifetime": "detached"}
+        return options
+
+
+def session_name(role: str) -> str:
+    """Return the name under which a session's actor is found."""
+    return f"stowray/{PROTOCOL}/{role}"
+
+
+def start_resolver(placement: Placement, store: str) -> ActorProxy[ResolverActor]:
+    """Start the resolver of a run or session."""
+    from stowray.actors.resolver import ResolverActor
+
+    options = placement.options(work=32, control=2)
+    return ray.remote(ResolverActor).options(**options).remote(store)
+
+
+def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
+    """Start the progress actor of a run or session."""
+    from stowray.actors.progress import ProgressActor
+
+    options = placement.options(notes=2, watchers=64)
+    return ray.remote(ProgressActor).options(**options).remote()
+
+
+def start_node(
+    placement: Placement, store: str, node: str, unpackers: int, *, stays: bool
+) -> ActorProxy[NodeActor]:
+    """Start the actor that owns the store of one node; ``stays``: beyond the run, in a session."""
+    from stowray.actors.node import NodeActor
+
+    options = placement.options(pulls=64, notes=2, control=4)
+    return ray.remote(NodeActor).options(**options).remote(store, node, unpackers, stays)
+
+
+def start_fetcher(node_id: str, store: str) -> ActorProxy[FetchActor]:
+    """Start a fetcher on a node."""
+    from stowray.actors.fetcher import FetchActor
+
+    options = Placement(node_id).options(work=64, control=2)
+    return ray.remote(FetchActor).options(**options).remote(store)
+
+
+def start_unpacker(node_id: str) -> ActorProxy[UnpackActor]:
+    """Start an unpacker on a node."""
+    from stowray.actors.unpacker import UnpackActor
+
+    options = Placement(node_id).options(work=16, control=2)
+    return ray.remote(UnpackActor).options(**options).remote()
+
+
+def ask_by_value(function: Callable[[], Value], node_id: str) -> ray.ObjectRef[Value]:
+    """Run a function of the standard library only on a node, without our package there."""
+    module = sys.modules[function.__module__]
+    ray.cloudpickle.register_pickle_by_value(module)  # type: ignore[no-untyped-call]
+    try:
+        task = ray.remote(function).options(
+            num_cpus=0,
+            max_retries=0,
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+        )
+        return task.remote()
+    finally:
+        ray.cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
+
+
+def find_actor(role: str) -> Any:
+    """Return the session's actor of that role; NodeError when there is none."""
+    name = session_name(role)
+    try:
+        return ray.get_actor(name)
+    except (ValueError, ray.exceptions.RayError) as error:
+        raise NodeError(name, "no such actor; start the session anew") from error
+
+
+def end(actor: Any) -> None:
+    """End an actor's process at once; one that is gone already is no error."""
+    with contextlib.suppress(ray.exceptions.RayError, ValueError, RuntimeError):
+        ray.kill(actor, no_restart=True)
+
+
+def own_handle() -> Any:
+    """Return the handle of the actor that asks, for others to call it."""
+    return ray.get_runtime_context().current_actor
+
+
+def own_node_id() -> str:
+    """Return the ID of the node that this process runs on."""
+    return str(ray.get_runtime_context().get_node_id())
+
+
+def wait(
+    reference: ray.ObjectRef[Value],
+    where: str,
+    *,
+    seconds: float | None = None,
+    look: Callable[[], None] | None = None,
+) -> Value:
+    """Return the result of a call; raises our errors only.
+
+    ``look`` is called a few times a second and ends the wait by raising.
+    """
+    waited = 0.0
+    while True:
+        ready, _ = ray.wait([reference], timeout=WAIT_SECONDS)
+        if ready:
+            break
+        waited += WAIT_SECONDS
+        if seconds is not None and waited >= seconds:
+            raise DeadlineError(where, seconds)
+        if look is not None:
+            look()
+    try:
+        return ray.get(reference)
+    except (ray.exceptions.RayError, StowrayError) as error:
+        raise translate(error, where) from None
+
+
+def settle(reference: ray.ObjectRef[Any], seconds: float) -> None:
+    """Wait until a call that nobody wants the result of has ended, at most ``seconds``."""
+    with contextlib.suppress(ray.exceptions.RayError):
+        ray.wait([reference], timeout=seconds)
+
+
+def is_loss(error: BaseException) -> bool:
+    """Return whether the process that had the call is gone or out of reach."""
+    return isinstance(error, _LOSSES) and not isinstance(
+        error, ray.exceptions.ActorUnschedulableError
+    )
+
+
+def translate(error: BaseException, where: str) -> StowrayError:
+    """Return what ``error``, raised by a call to ``where``, means in our terms."""
+    if isinstance(error, ray.exceptions.RayTaskError):
+        cause = error.cause
+        if isinstance(cause, StowrayError):
+            return cause
+        return NodeError(where, f"{type(cause).__name__}: {_one_line(cause)}")
+    if isinstance(error, StowrayError):
+        return error
+    if isinstance(error, ray.exceptions.TaskCancelledError):
+        return CancelledError(where)
+    if isinstance(error, ray.exceptions.GetTimeoutError):
+        return DeadlineError(where, NODES_SECONDS)
+    if isinstance(error, ray.exceptions.ActorUnschedulableError):
+        return NodeError(where, "cannot be placed on its node")
+    if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
+        return NodeError(where, f"its environment cannot be set up: {_one_line(error)}")
+    if isinstance(error, ray.exceptions.OutOfDiskError):
+        return StorageError(where, "the disk of Ray's object store is full")
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return NodeError(where, "ended by Ray's memory monitor: the node is short of memory")
+    if isinstance(error, _LOSSES):
+        return NodeError(where, "the process ended in mid-work")
+    return NodeError(where, f"{type(error).__name__}: {_one_line(error)}")
+
+
+def alive_nodes(seconds: float = NODES_SECONDS) -> list[dict[str, Any]]:
+    """Return Ray's description of every living node; DeadlineError when the head is silent.
+
+    ``ray.nodes()`` waits for a dead head for ever, so it is asked from a thread that may be left.
+    """
+    answers: list[list[dict[str, Any]]] = []
+    thread = threading.Thread(
+        target=lambda: answers.append(ray.nodes()),  # type: ignore[no-untyped-call]
+        name="ray-nodes",
+        daemon=True,
+    )
+    thread.start()
+    thread.join(seconds)
+    if not answers:
+        raise DeadlineError("asking the head of the Ray cluster for its nodes", seconds)
+    return [node for node in answers[0] if node["Alive"]]
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,341 @@
+"""The engine on Ray: same plan, same results, same events as in-process, another crew.
+
+Invariant: whatever ends a pull ends its work on the actors too, within seconds; a Ray that the
+engine started ends with it, one that it found goes on. Which Ray: the one that this process is
+connected to already (a worker always is), else the ``--address`` or ``RAY_ADDRESS`` given, else
+this node's warm session, else an embedded one.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import threading
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, joined_ray
+from stowray.actors.headwatch import HeadWatch
+from stowray.actors.processes import Process
+from stowray.actors.session import warm_session
+from stowray.actors.wire import options_to_dict, settings_to_dict
+from stowray.pipeline.engine import LocalEngine, PullOptions, never
+from stowray.pipeline.errors import CancelledError, NodeError, UsageError, from_wire
+from stowray.pipeline.image import CONFIG_LIMIT, MANIFEST_LIMIT, Image
+from stowray.pipeline.progress import Event
+from stowray.pipeline.resolve import document_digests
+from stowray.pipeline.result import PullResult
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stowray.actors.embedded import RayAddress
+    from stowray.pipeline.progress import Progress
+    from stowray.pipeline.settings import Settings
+    from stowray.pipeline.source import Source
+    from stowray.pipeline.store import Store
+
+TRIES = 3
+POLL_SECONDS = 1.0
+# Members have three seconds to stop and are ended then; Ctrl-C has five.
+CANCEL_SECONDS = 4.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A connection to a Ray and the actors that serve this engine."""
+
+    ray: RayAddress
+    resolver: Any
+    progress: Any
+    node: Any
+    head: HeadWatch
+    is_session: bool
+
+
+class RayEngine(LocalEngine):
+    """Pulls with a crew of actors on this node; connects when the first pull asks for it.
+
+    What needs no crew (resolving for a plan, describing what is here) is done in this process.
+    """
+
+    name = "ray"
+
+    def __init__(
+        self, settings: Settings, *, progress: Progress, store: Store | None = None
+    ) -> None:
+        super().__init__(settings, progress=progress, store=store)
+        self._stack = ExitStack()
+        self._link: _Link | None = None
+        self._connecting = threading.Lock()
+
+    def connect(self) -> None:
+        """Connect now instead of with the first pull.
+
+        An embedded Ray lives as long as the thread that starts it: call this, or pull first, from
+        a thread that outlives the engine.
+        """
+        self._connected()
+
+    def close(self) -> None:
+        """End the crew unless it is a session's, and the Ray if the engine started it."""
+        with self._connecting:
+            self._link = None
+            stack, self._stack = self._stack, ExitStack()
+        stack.close()
+        super().close()
+
+    def pull(
+        self, source: Source, options: PullOptions, cancelled: Callable[[], bool] = never
+    ) -> PullResult:
+        """Bring ``source`` into the store; see :meth:`LocalEngine.pull`."""
+        with self._reported(source):
+            begun = time.perf_counter()
+            report = self.progress.reporter(source.canonical)
+            report("resolve", source.canonical, "resolving")
+            reply = self._resolve_remotely(source, options, cancelled)
+            report("resolve", source.canonical, "resolved")
+            seconds = time.perf_counter() - begun
+            image, documents = Image.from_dict(reply["image"]), reply["documents"]
+            result = self._pull_remotely(source, image, documents, options, cancelled)
+        return replace(
+            result,
+            manifest_requests=reply["requests"],
+            seconds=result.seconds
+            | {"resolve": seconds, "total": result.seconds["total"] + seconds},
+        )
+
+    def pull_image(
+        self,
+        source: Source,
+        image: Image,
+        options: PullOptions,
+        cancelled: Callable[[], bool] = never,
+    ) -> PullResult:
+        """Pull an image that was resolved before; see :meth:`LocalEngine.pull_image`."""
+        limit = max(MANIFEST_LIMIT, CONFIG_LIMIT)
+        documents = {
+            str(digest): self.store.read_blob(digest, limit) for digest in document_digests(image)
+        }
+        with self._reported(source):
+            return self._pull_remotely(source, image, documents, options, cancelled)
+
+    def _resolve_remotely(
+        self, source: Source, options: PullOptions, cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        run = secrets.token_hex(8)
+        request = {
+            "run": run,
+            "node": self.settings.node_name,
+            "source": source.to_dict(),
+            "options": options_to_dict(options),
+            "settings": settings_to_dict(self.settings),
+        }
+        link = self._connected()
+        return self._ask(link, link.resolver, link.resolver.resolve, request, "resolver", cancelled)
+
+    def _pull_remotely(
+        self,
+        source: Source,
+        image: Image,
+        documents: dict[str, bytes],
+        options: PullOptions,
+        cancelled: Callable[[], bool],
+    ) -> PullResult:
+        link = self._connected()
+        run = secrets.token_hex(8)
+        request = {
+            "run": run,
+            "source": source.to_dict(),
+            "image": image.to_dict(),
+            "documents": documents,
+            "options": options_to_dict(options),
+            "settings": settings_to_dict(self.settings),
+            "progress": link.progress,
+            "nodes": 1,
+            # Only a session's actors outlive a driver, and they live on the driver's host.
+            "driver": Process.own().to_dict() if link.is_session else None,
+        }
+        follower = _Follower(link.progress, run, self.progress)
+        try:
+            reply = self._ask(
+                link,
+                link.node,
+                link.node.pull,
+                request,
+                f"node {self.settings.node_name}",
+                cancelled,
+            )
+        finally:
+            follower.close()
+        return PullResult.from_dict(reply["result"])
+
+    def _ask(
+        self,
+        link: _Link,
+        actor: Any,
+        method: Any,
+        request: dict[str, Any],
+        where: str,
+        cancelled: Callable[[], bool],
+    ) -> dict[str, Any]:
+        """Call ``method`` and merge its events; raises what its reply says.
+
+        A call that was lost with its actor is made again: all calls are idempotent, and Ray
+        restarts the actor.
+        """
+        from stowray.actors import cluster
+
+        wait = _Wait(actor, request["run"], link.head, cancelled)
+        tries = 0
+        while True:
+            tries += 1
+            call = method.remote(request)
+            try:
+                reply: dict[str, Any] = cluster.wait(call, where, look=wait.look)
+            except NodeError:
+                if tries >= TRIES or wait.is_given_up:
+                    raise
+                continue
+            except BaseException:
+                # Ctrl-C among them: nothing may work on after this call has ended.
+                wait.give_up()
+                cluster.settle(call, CANCEL_SECONDS)
+                raise
+            for event in reply["events"]:
+                self.progress.merge(Event.from_dict(event))
+            if "error" in reply:
+                raise from_wire(*reply["error"])
+            return reply
+
+    def _connected(self) -> _Link:
+        with self._connecting:
+            if self._link is None:
+                try:
+                    self._link = self._connect()
+                except BaseException:
+                    self._stack.close()
+                    raise
+            return self._link
+
+    def _connect(self) -> _Link:
+        address = self.settings.address or os.environ.get("RAY_ADDRESS", "")
+        if "://" in address:
+            raise UsageError(
+                "--address", "Ray Client (ray://…) is not supported: run on a node of the cluster"
+            )
+        if is_connected():
+            return self._crew_of_run(self._stack.enter_context(joined_ray()))
+        if address and address != "local":
+            return self._crew_of_run(self._stack.enter_context(attached_ray(address)))
+        session = warm_session(self.settings)
+        if session is not None:
+            ray = self._stack.enter_context(
+                attached_ray(session.address, token_path=Path(session.token_path))
+            )
+            return self._crew_of_session(ray)
+        return self._crew_of_run(self._stack.enter_context(embedded_ray()))
+
+    def _crew_of_session(self, ray: RayAddress) -> _Link:
+        from stowray.actors import cluster
+
+        return _Link(
+            ray=ray,
+            resolver=cluster.find_actor("resolver"),
+            progress=cluster.find_actor("progress"),
+            node=cluster.find_actor("node"),
+            head=HeadWatch(ray.address),
+            is_session=True,
+        )
+
+    def _crew_of_run(self, ray: RayAddress) -> _Link:
+        from stowray.actors import cluster
+
+        if not ray.is_own:
+            self._require_like(ray)
+        store = str(self.store.path)
+        place = cluster.Placement(ray.node_id, restarts=2)
+        node = cluster.start_node(
+            place, store, self.settings.node_name, self.settings.worker_count(), stays=False
+        )
+        resolver = cluster.start_resolver(place, store)
+        progress = cluster.start_progress(cluster.Placement(ray.node_id))
+        if not ray.is_own:
+            # An embedded Ray ends with all that is in it; elsewhere our actors go with us.
+            for actor in (node, resolver, progress):
+                self._stack.callback(cluster.end, actor)
+        return _Link(ray, resolver, progress, node, HeadWatch(ray.address), is_session=False)
+
+    def _require_like(self, ray: RayAddress) -> None:
+        from stowray.actors import foreign
+
+        foreign.require_like(foreign.probe_nodes([ray.node_id], ["this node"]))
+
+
+class _Wait:
+    """What is looked at while a call is under way: the head, and whether it is still wanted."""
+
+    def __init__(
+        self, actor: Any, run: str, head: HeadWatch, cancelled: Callable[[], bool]
+    ) -> None:
+        self._actor = actor
+        self._run = run
+        self._head = head
+        self._cancelled = cancelled
+        self._given_up_at = 0.0
+
+    @property
+    def is_given_up(self) -> bool:
+        """Return whether the actor was told to stop."""
+        return self._given_up_at > 0.0
+
+    def look(self) -> None:
+        """Pass a cancellation on; raise when nothing comes of it, or when the head is dead."""
+        self._head.look()
+        if self._cancelled():
+            self.give_up()
+        if self.is_given_up and time.monotonic() - self._given_up_at > CANCEL_SECONDS:
+            raise CancelledError("pull")
+
+    def give_up(self) -> None:
+        """Tell the actor once that the result is not wanted any more."""
+        if not self.is_given_up:
+            self._given_up_at = time.monotonic()
+            self._actor.cancel.remote(self._run)
+
+
+class _Follower:
+    """Takes a run's events over from the ProgressActor while the run goes on."""
+
+    def __init__(self, actor: Any, run: str, progress: Progress) -> None:
+        self._actor = actor
+        self._run = run
+        self._progress = progress
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop following; the result brings what is still missing."""
+        self._closed.set()
+        self._actor.close.remote(self._run)
+        self._thread.join(POLL_SECONDS)
+
+    def _follow(self) -> None:
+        from stowray.actors import cluster, frames
+
+        version = 0
+        while not self._closed.is_set():
+            call = self._actor.poll.remote(self._run, version, POLL_SECONDS)
+            try:
+                version, frame, is_closed = cluster.wait(call, "progress", seconds=30.0)
+            except NodeError:
+                # Losing the ProgressActor fails nothing: the display waits for the result.
+                return
+            for event in frames.unpack(frame):
+                self._progress.merge(event)
+            if is_closed:
+                return

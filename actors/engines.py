@@ -1,0 +1,84 @@
+"""The in-process engine as the actors use it: the same walk and results, another crew.
+
+Invariant: settings, credentials among them, come with each task and are kept in memory only, for
+the few that were used last; they never are constructor arguments, which Ray keeps and logs.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from typing import TYPE_CHECKING, Any
+
+from stowray.actors.wire import settings_from_dict
+from stowray.pipeline.engine import LocalEngine
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.resolve import Request
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from stowray.pipeline.engine import PullOptions
+    from stowray.pipeline.image import Image
+    from stowray.pipeline.progress import Report
+    from stowray.pipeline.source import Source
+    from stowray.pipeline.store import Store
+
+KEPT = 8
+
+
+class MemberEngine(LocalEngine):
+    """What a fetching or resolving actor needs of an engine."""
+
+    def image_for(
+        self,
+        source: Source,
+        options: PullOptions,
+        report: Report,
+        cancelled: Callable[[], bool],
+    ) -> tuple[Image, int]:
+        """Return the image and how many manifest requests it took, reporting to the asker only."""
+        request = Request(
+            reference=source,
+            platform=self.platform(options),
+            strict=self.settings.resolve.strict_platform,
+            policy=options.policy,
+            report=report,
+            cancelled=cancelled,
+        )
+        image = self._get_side(source)[1].image(request)
+        return image, request.manifest_requests
+
+
+class NodeEngine(LocalEngine):
+    """One pull on a node, its steps carried out by a crew of actors."""
+
+    name = "ray"
+
+
+class Engines:
+    """One engine per settings, each over the same store."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._lock = threading.Lock()
+        self._engines: OrderedDict[str, MemberEngine] = OrderedDict()
+
+    def get(self, settings: Mapping[str, Any]) -> MemberEngine:
+        """Return the engine for ``settings``, made when it is asked for first.
+
+        The least recently used beyond a few is dropped, not closed: a task may still use it, and
+        its connections end with it.
+        """
+        key = json.dumps(settings, sort_keys=True)
+        with self._lock:
+            engine = self._engines.get(key)
+            if engine is None:
+                engine = self._engines[key] = MemberEngine(
+                    settings_from_dict(settings), progress=Progress(), store=self._store
+                )
+            self._engines.move_to_end(key)
+            while len(self._engines) > KEPT:
+                self._engines.popitem(last=False)
+            return engine

@@ -1,0 +1,65 @@
+"""Fetches blobs into the store of its node; one process, many threads, bytes to disk only.
+
+Invariant: a task lost with this process leaves a resumable ingest behind; whoever repeats it goes
+on at the same byte.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from stowray.actors.engines import Engines
+from stowray.actors.reporting import task_report
+from stowray.actors.tasks import Tasks
+from stowray.pipeline.descriptor import Descriptor
+from stowray.pipeline.source import source_from_dict
+from stowray.pipeline.store import Store
+
+
+class FetchActor:
+    """The shell round a :class:`Fetcher`."""
+
+    def __init__(self, store: str) -> None:
+        self._tasks = Tasks()
+        self._engines = Engines(Store.open(Path(store)))
+
+    @ray.method(concurrency_group="work")
+    def run(self, task: dict[str, Any]) -> dict[str, Any]:
+        """Fetch one blob; returns the outcome and the final events."""
+        source = source_from_dict(task["source"])
+        with (
+            self._tasks.running(task["key"]) as cancelled,
+            task_report(task["owner"], task["run"], task["node"], task["reference"]) as told,
+        ):
+            fetched = (
+                self._engines.get(task["settings"])
+                .fetcher(source)
+                .fetch(
+                    source,
+                    Descriptor.from_dict(task["descriptor"]),
+                    report=told.report,
+                    cancelled=cancelled,
+                )
+            )
+        return {
+            "outcome": {
+                "source": fetched.source,
+                "fetched_bytes": fetched.fetched_bytes,
+                "seconds": fetched.seconds,
+            },
+            "events": told.final_events(),
+        }
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, key: str) -> bool:
+        """Give one task up; it ends soon with CancelledError."""
+        return self._tasks.cancel(key)
+
+    @ray.method(concurrency_group="control")
+    def pid(self) -> int:
+        """Return the number of this process."""
+        return os.getpid()

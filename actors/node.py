@@ -1,0 +1,224 @@
+"""The actor that owns the store of one node and walks the plans of all pulls there.
+
+Invariant: pulls run side by side, each on its own thread and with its own share of the pools, and
+share every blob and layer through the store's locks; the same walk as in-process, so the same
+results; when a pull has ended, nothing of it works on.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import ray
+
+import stowray
+from stowray.actors import cluster, frames
+from stowray.actors.crew import ActorCrew, Pools
+from stowray.actors.engines import NodeEngine
+from stowray.actors.pool import Pool
+from stowray.actors.processes import Process
+from stowray.actors.session import PROTOCOL
+from stowray.actors.tasks import Tasks
+from stowray.actors.wire import options_from_dict, settings_from_dict
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import StowrayError, to_wire
+from stowray.pipeline.image import Image
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.resolve import document_digests
+from stowray.pipeline.source import source_from_dict
+from stowray.pipeline.store import Store
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+DRIVER_POLL_SECONDS = 1.0
+IDLE_SYNC_SECONDS = 2.0
+
+
+class NodeActor:
+    """The shell round :class:`NodeEngine`, one per pull, over one store and two pools."""
+
+    def __init__(self, store: str, node: str, unpackers: int, stays: bool) -> None:
+        self._store = Store.open(Path(store))
+        self._node = node
+        self._tasks = Tasks()
+        self._runs: dict[str, Progress] = {}
+        node_id = cluster.own_node_id()
+        self._pools = Pools(
+            fetchers=Pool(
+                f"fetch/{node}",
+                max(1, unpackers // 4),
+                lambda _name: cluster.start_fetcher(node_id, store),
+                cluster.end,
+            ),
+            unpackers=Pool(
+                f"unpack/{node}",
+                unpackers,
+                lambda _name: cluster.start_unpacker(node_id),
+                cluster.end,
+            ),
+        )
+        self._syncer = _Syncer(self._store, self._tasks) if stays else None
+
+    @ray.method(concurrency_group="control")
+    def describe(self) -> dict[str, Any]:
+        """Return who this is: versions, node, store and processes."""
+        return {
+            "version": stowray.__version__,
+            "protocol": PROTOCOL,
+            "node": self._node,
+            "pid": os.getpid(),
+            "uid": os.geteuid(),
+            "store": str(self._store.path),
+            "nonce": self._store.nonce,
+            "pulls": self._tasks.count(),
+        }
+
+    @ray.method(concurrency_group="control")
+    def members(self) -> dict[str, list[int]]:
+        """Return the process numbers of the pools' members, once all have started."""
+        return {
+            "fetchers": self._pids(self._pools.fetchers),
+            "unpackers": self._pids(self._pools.unpackers),
+        }
+
+    @ray.method(concurrency_group="pulls")
+    def pull(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Bring one resolved image into the store; ``{result, events}`` or ``{error, events}``."""
+        progress = Progress(node=self._node)
+        run = request["run"]
+        self._runs[run] = progress
+        forwarder = self._forwarder(request)
+        if forwarder is not None:
+            progress.watch(forwarder)
+        reply: dict[str, Any]
+        try:
+            with self._tasks.running(run) as cancelled:
+                reply = {"result": self._pull(request, progress, _or_orphaned(request, cancelled))}
+        except StowrayError as error:
+            reply = {"error": to_wire(error)}
+        finally:
+            del self._runs[run]
+            progress.close()
+            if forwarder is not None:
+                forwarder.close()
+        reply["events"] = [event.to_dict() for event in progress.events()]
+        if self._syncer is not None:
+            self._syncer.touch()
+        return reply
+
+    @ray.method(concurrency_group="notes")
+    def note(self, run: str, frame: bytes) -> None:
+        """Take over a frame of a member's events; one of an ended run is dropped."""
+        progress = self._runs.get(run)
+        if progress is not None:
+            for event in frames.unpack(frame):
+                progress.merge(event)
+
+    @ray.method(concurrency_group="control")
+    def cancel(self, run: str) -> bool:
+        """Give one pull up; it ends soon with CancelledError."""
+        return self._tasks.cancel(run)
+
+    @ray.method(concurrency_group="control")
+    def close(self) -> None:
+        """End the pools."""
+        self._pools.close()
+
+    def _pull(
+        self, request: dict[str, Any], progress: Progress, cancelled: Callable[[], bool]
+    ) -> dict[str, Any]:
+        settings = settings_from_dict(request["settings"])
+        source = source_from_dict(request["source"])
+        image = Image.from_dict(request["image"])
+        digests = [*document_digests(image), *(layer.digest for layer in image.layers)]
+        crew = ActorCrew(
+            self._pools,
+            run=request["run"],
+            owner=cluster.own_handle(),
+            settings=settings,
+            settings_fields=request["settings"],
+            store=self._store,
+            progress=progress,
+        )
+        engine = NodeEngine(settings, progress=progress, store=self._store, crew=crew)
+        try:
+            with self._store.lease(
+                f"pull {source.canonical}", digests=digests, chain_ids=image.chain_ids
+            ):
+                for digest, body in request["documents"].items():
+                    self._store.put_blob(Digest(digest), body)
+                    self._store.confirm(Digest(digest), source.name)
+                options = options_from_dict(request["options"])
+                return engine.pull_image(source, image, options, cancelled).to_dict()
+        finally:
+            engine.close()
+
+    def _forwarder(self, request: dict[str, Any]) -> frames.Forwarder | None:
+        actor = request["progress"]
+        if actor is None:
+            return None
+        run = request["run"]
+
+        def send(frame: bytes) -> bool:
+            try:
+                cluster.wait(actor.note.remote(run, frame), "progress", seconds=10.0)
+            except StowrayError:
+                # The run goes on without it; the result brings the final events.
+                return False
+            return True
+
+        return frames.Forwarder(send, nodes=request["nodes"])
+
+    def _pids(self, pool: Pool[Any]) -> list[int]:
+        calls = [(member.name, member.actor.pid.remote()) for member in pool.members()]
+        return [cluster.wait(call, name, seconds=30.0) for name, call in calls]
+
+
+class _Syncer:
+    """Makes the store durable when no pull has run for a while, off every pull's path."""
+
+    def __init__(self, store: Store, tasks: Tasks) -> None:
+        self._store = store
+        self._tasks = tasks
+        self._wanted = threading.Event()
+        threading.Thread(target=self._serve, name="sync", daemon=True).start()
+
+    def touch(self) -> None:
+        """Note that something was written."""
+        self._wanted.set()
+
+    def _serve(self) -> None:
+        while True:
+            self._wanted.wait()
+            time.sleep(IDLE_SYNC_SECONDS)
+            if self._tasks.count() == 0:
+                self._wanted.clear()
+                try:
+                    self._store.sync()
+                except StowrayError:
+                    # Until a sync succeeds the store is trusted for this boot only: no harm.
+                    continue
+
+
+def _or_orphaned(request: dict[str, Any], cancelled: Callable[[], bool]) -> Callable[[], bool]:
+    """Return ``cancelled``, true also when the driver of a session's pull has died."""
+    if request["driver"] is None:
+        return cancelled
+    driver = Process.from_dict(request["driver"])
+    looked = time.monotonic()
+    is_orphan = False
+
+    def is_over() -> bool:
+        nonlocal looked, is_orphan
+        now = time.monotonic()
+        if now - looked > DRIVER_POLL_SECONDS:
+            looked = now
+            is_orphan = not driver.is_alive
+        return is_orphan or cancelled()
+
+    return is_over

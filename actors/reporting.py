@@ -1,0 +1,50 @@
+"""How a task in another process tells its NodeActor how far it is.
+
+Invariant: at most ten frames a second per task; the final word comes with the task's result, so a
+frame that is lost or late changes nothing.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from stowray.actors.frames import pack
+from stowray.pipeline.progress import Progress
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator, Sequence
+
+    from ray.actor import ActorProxy
+
+    from stowray.actors.node import NodeActor
+    from stowray.pipeline.progress import Event, Report
+
+
+class TaskReport:
+    """The reports of one task."""
+
+    def __init__(self, progress: Progress, reference: str) -> None:
+        self._progress = progress
+        self.report: Report = progress.reporter(reference)
+
+    def final_events(self) -> list[dict[str, Any]]:
+        """Return the last state of everything reported, as plain data."""
+        return [event.to_dict() for event in self._progress.events()]
+
+
+@contextmanager
+def task_report(
+    node: ActorProxy[NodeActor], run: str, node_name: str, reference: str
+) -> Iterator[TaskReport]:
+    """Yield what a task reports with; frames go to ``node`` meanwhile."""
+    progress = Progress(node=node_name)
+
+    def send(events: Sequence[Event]) -> None:
+        node.note.remote(run, pack(events))
+
+    progress.watch(send)
+    try:
+        yield TaskReport(progress, reference)
+    finally:
+        progress.close()

@@ -1,0 +1,110 @@
+"""The process that holds a session: a private Ray, and the warm crew in it.
+
+Run as ``python -m stowray.actors.session_host`` by ``session start``, its configuration on stdin;
+answers one JSON line when the crew is warm. Invariant: all processes of the session are below this
+one and end with it, however it ends, because Ray ties them to their parent's life.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import stowray
+from stowray.actors import processes
+from stowray.actors.embedded import embedded_ray, started_below
+from stowray.actors.processes import Process
+from stowray.actors.session import PROTOCOL, Session, remove_state, write_state
+from stowray.pipeline.clock import Boot
+from stowray.pipeline.errors import StowrayError, to_wire
+
+if TYPE_CHECKING:
+    from stowray.actors.embedded import RayAddress
+
+LOOK_SECONDS = 1.0
+WARM_SECONDS = 45.0
+
+
+def main() -> None:
+    """Hold one session until SIGTERM, or until its Ray dies."""
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, lambda *_: stop.set())
+    config = json.loads(sys.stdin.buffer.read())
+    try:
+        _hold(config, stop)
+    except StowrayError as error:
+        _answer({"error": to_wire(error)})
+        sys.exit(1)
+
+
+def _hold(config: dict[str, Any], stop: threading.Event) -> None:
+    store = Path(config["store"])
+    with embedded_ray() as address:
+        _start_crew(address, config)
+        session = _describe(address, store)
+        write_state(store, session)
+        try:
+            _answer({"ready": True})
+            core = [process for process in session.processes if process.name in _CORE]
+            while not stop.wait(LOOK_SECONDS):
+                if not all(process.is_alive for process in core):
+                    # Without them nobody can be served; what is left ends with this process.
+                    sys.exit(1)
+        finally:
+            remove_state(store, session.host)
+
+
+_CORE = ("gcs_server", "raylet")
+
+
+def _start_crew(address: RayAddress, config: dict[str, Any]) -> None:
+    from stowray.actors import cluster
+
+    def place(role: str) -> cluster.Placement:
+        return cluster.Placement(address.node_id, cluster.session_name(role), restarts=3)
+
+    node = cluster.start_node(
+        place("node"), config["store"], config["node"], config["unpackers"], stays=True
+    )
+    resolver = cluster.start_resolver(place("resolver"), config["store"])
+    cluster.start_progress(place("progress"))
+    cluster.wait(resolver.pid.remote(), "session resolver", seconds=WARM_SECONDS)
+    cluster.wait(node.members.remote(), "session crew", seconds=WARM_SECONDS)
+
+
+def _describe(address: RayAddress, store: Path) -> Session:
+    token_path = address.token_path or Path()
+    return Session(
+        address=address.address,
+        token_path=str(token_path),
+        directory=str(token_path.parent),
+        store=str(store),
+        version=stowray.__version__,
+        protocol=PROTOCOL,
+        python=sys.executable,
+        boot_id=Boot.read().boot_id,
+        pid_namespace=processes.pid_namespace(),
+        created=time.time(),
+        host=Process.own(),
+        processes=tuple(started_below(token_path.parent)),
+    )
+
+
+def _answer(line: dict[str, Any]) -> None:
+    """Send the one line that ``session start`` waits for, and let go of the pipe."""
+    with os.fdopen(os.dup(1), "wb") as pipe:
+        pipe.write(json.dumps(line).encode() + b"\n")
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.close(null)
+
+
+if __name__ == "__main__":
+    main()

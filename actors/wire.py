@@ -1,0 +1,63 @@
+"""Values as plain data and back: what passes through Ray holds no object of ours.
+
+Invariant: a dictionary that travels can be read by every version with the same protocol number, and
+unpickling it runs no code of an image's or a registry's choosing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from stowray.pipeline.engine import PullOptions
+from stowray.pipeline.platform import Platform
+from stowray.pipeline.settings import (
+    RegistrySettings,
+    ResolveSettings,
+    Settings,
+    UnpackSettings,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_SECTIONS = {
+    "resolve": ResolveSettings,
+    "registry": RegistrySettings,
+    "unpack": UnpackSettings,
+}
+
+
+def settings_to_dict(settings: Settings) -> dict[str, Any]:
+    """Return all settings as plain values."""
+    return asdict(settings)
+
+
+def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
+    """Return the settings that :func:`settings_to_dict` described."""
+    values = dict(fields)
+    for name, kind in _SECTIONS.items():
+        values[name] = kind(**values[name])
+    return Settings(**values)
+
+
+def options_to_dict(options: PullOptions) -> dict[str, Any]:
+    """Return the options as plain values."""
+    platform = options.platform
+    return {
+        "platform": None if platform is None else platform.to_dict(),
+        "policy": options.policy,
+        "unpack": options.unpack,
+        "sync": options.sync,
+    }
+
+
+def options_from_dict(fields: Mapping[str, Any]) -> PullOptions:
+    """Return the options that :func:`options_to_dict` described."""
+    platform = fields["platform"]
+    return PullOptions(
+        platform=None if platform is None else Platform.from_dict(platform),
+        policy=fields["policy"],
+        unpack=bool(fields["unpack"]),
+        sync=bool(fields["sync"]),
+    )
