@@ -22,12 +22,43 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from stowray.pipeline.descriptor import ImageConfig
+    from stowray.pipeline.digest import Digest
     from stowray.pipeline.overlay import ChainView, Node
     from stowray.pipeline.rootfs import Flattened, Link
+    from stowray.pipeline.store import Store
 
 _UNIFIED = Path("/sys/fs/cgroup/cgroup.controllers")
 _ACCOUNT_LIMIT = 4 << 20
 _LINKS = 40
+
+
+def write_bundle(
+    store: Store,
+    config: Digest,
+    chain_id: Digest | None,
+    destination: Path,
+    *,
+    link: Link = "auto",
+    arguments: Sequence[str] = (),
+    terminal: bool = False,
+    cancelled: Callable[[], bool] | None = None,
+) -> Flattened:
+    """Make a bundle of an image in the store: its config's digest and its chain ID."""
+    from stowray.pipeline.documents import CONFIG_LIMIT, parse_config
+    from stowray.pipeline.snapshot import Snapshots
+
+    parsed = parse_config(store.read_blob(config, CONFIG_LIMIT), config)
+    with Snapshots(store).held(chain_id, "bundle") as view:
+        return make_bundle(
+            view,
+            parsed,
+            config,
+            destination,
+            link=link,
+            arguments=arguments,
+            terminal=terminal,
+            cancelled=cancelled,
+        )
 
 
 def make_bundle(

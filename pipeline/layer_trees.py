@@ -26,6 +26,7 @@ from stowray.pipeline.records import read_record, write_record
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from stowray.pipeline.layer import Staged
     from stowray.pipeline.store import Store
 
 _VERSION = 1
@@ -42,6 +43,30 @@ class LayerRecord:
     unpacked_size: int
     entries: int
     notes: dict[str, Any]
+
+    @classmethod
+    def of(cls, staged: Staged, parent: Digest | None) -> LayerRecord:
+        """Return the record of a layer that was just staged: alone, or above ``parent``."""
+        return cls(
+            diff_id=staged.diff_id,
+            parent=parent,
+            tar_size=staged.tar_size,
+            unpacked_size=staged.unpacked_size,
+            entries=staged.entries,
+            notes=staged.notes,
+        )
+
+    def staged(self) -> Staged:
+        """Return what the stage reported."""
+        from stowray.pipeline.layer import Staged
+
+        return Staged(
+            diff_id=self.diff_id,
+            tar_size=self.tar_size,
+            unpacked_size=self.unpacked_size,
+            entries=self.entries,
+            notes=self.notes,
+        )
 
     def payload(self) -> dict[str, Any]:
         """Return the record as JSON values."""

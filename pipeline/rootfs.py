@@ -16,7 +16,6 @@ import stat
 from collections import OrderedDict
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.errors import StorageError, escape
@@ -24,17 +23,28 @@ from stowray.pipeline.files import storage_error, translated
 from stowray.pipeline.kernel import FICLONE
 from stowray.pipeline.locks import try_lock
 from stowray.pipeline.removal import remove_tree
+from stowray.pipeline.tree_ops import (
+    CREATE_FILE,
+    OPEN_DIRECTORY,
+    name_path,
+    process_umask,
+    set_mode,
+    set_owner,
+    set_times,
+    set_xattrs,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
+    from stowray.pipeline.digest import Digest
     from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.store import Store
 
 Link = Literal["auto", "reflink", "copy", "hardlink"]
 
 INCOMPLETE = ".stowray-incomplete"
-_OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
-_CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _DESCRIPTORS = 128
 # Up to here two calls through a buffer cost less than setting up a copy in the kernel.
 _SMALL = 128 << 10
@@ -52,6 +62,27 @@ class Flattened:
     cloned: int = 0
     linked: int = 0
     skipped: list[str] = field(default_factory=list)
+
+
+def write_rootfs(
+    store: Store,
+    chain_id: Digest | None,
+    destination: Path,
+    *,
+    link: Link = "auto",
+    cancelled: Callable[[], bool] | None = None,
+) -> Flattened:
+    """Write the tree of a committed chain to ``destination``; None is the image of no layers."""
+    from stowray.pipeline.snapshot import Snapshots
+
+    with Snapshots(store).held(chain_id, "rootfs") as view:
+        return flatten(view, destination, link, cancelled=cancelled)
+
+
+def check_destination(destination: Path) -> None:
+    """Raise StorageError unless a tree can be made at ``destination``: new or empty."""
+    with translated(destination, "make the tree"):
+        _check_free(destination)
 
 
 def flatten(
@@ -94,7 +125,7 @@ def _building(destination: Path) -> Iterator[int]:
     path = destination.parent / f"{stem}{secrets.token_hex(8)}"
     with translated(path, "make the tree"):
         path.mkdir(0o700)
-        directory = os.open(path, _OPEN_DIRECTORY)
+        directory = os.open(path, OPEN_DIRECTORY)
     try:
         # Locked, so that a later run can tell a leftover from one that is being built.
         try_lock(directory)
@@ -115,7 +146,7 @@ def _building_inside(destination: Path) -> Iterator[int]:
     marker = destination / INCOMPLETE
     with translated(destination, "make the tree"):
         marker.touch(0o600)
-        directory = os.open(destination, _OPEN_DIRECTORY)
+        directory = os.open(destination, OPEN_DIRECTORY)
     try:
         yield directory
         with translated(marker, "finish the tree"):
@@ -160,7 +191,7 @@ def _sweep(parent: Path, stem: str) -> None:
         names = [name for name in os.listdir(parent) if name.startswith(stem)]
     for name in names:
         try:
-            descriptor = os.open(parent / name, _OPEN_DIRECTORY)
+            descriptor = os.open(parent / name, OPEN_DIRECTORY)
         except OSError:
             # Gone meanwhile, or somebody else's file of that name.
             continue
@@ -181,14 +212,6 @@ def _forget_inheritance(directory: int) -> None:
             raise
 
 
-def _read_umask() -> int:
-    """Return the umask without the moment in which os.umask() would have changed it."""
-    for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-        if line.startswith("Umask:"):
-            return int(line.split()[1], 8)
-    return 0o777
-
-
 class _Copier:
     """One walk over the merged tree; ``current`` is the path at work, for messages."""
 
@@ -202,7 +225,7 @@ class _Copier:
         self._clones = link in ("auto", "reflink")
         self._identity = (os.geteuid(), os.getegid())
         self._may_chown = self._identity[0] == 0
-        self._umask = _read_umask() | 0o7000
+        self._umask = process_umask() | 0o7000
         self._open: OrderedDict[bytes, int] = OrderedDict()
         self._names: dict[tuple[int, int], bytes] = {}
         self.result = Flattened()
@@ -260,7 +283,7 @@ class _Copier:
         descriptor = self._open[base] if base else self._root
         while missing:
             path = missing.pop()
-            descriptor = os.open(path.rpartition(b"/")[2], _OPEN_DIRECTORY, dir_fd=descriptor)
+            descriptor = os.open(path.rpartition(b"/")[2], OPEN_DIRECTORY, dir_fd=descriptor)
             self._open[path] = descriptor
             # The newest stays: it is the parent of the next step or the answer.
             if len(self._open) > _DESCRIPTORS:
@@ -315,7 +338,7 @@ class _Copier:
     def _copy(self, node: Node, source: int, parent: int, name: bytes) -> None:
         mode = node.mode
         exact = not mode & self._umask
-        target = os.open(name, _CREATE, mode if exact else 0o600, dir_fd=parent)
+        target = os.open(name, CREATE_FILE, mode if exact else 0o600, dir_fd=parent)
         try:
             size = node.size
             if size:
@@ -368,24 +391,17 @@ class _Copier:
                 self._names.pop(node.inode, None)
                 return
         if self._may_chown and (node.uid, node.gid) != self._identity:
-            os.chown(name, node.uid, node.gid, dir_fd=parent, follow_symlinks=False)
-        self._xattrs(node, b"/proc/self/fd/%d/%s" % (parent, name))
+            set_owner(parent, name, node.uid, node.gid)
+        self._xattrs(node, name_path(parent, name))
         if not node.is_symlink:
-            # The name was just made in a directory that nobody else can enter: no link is followed.
-            os.chmod(name, node.mode, dir_fd=parent)
-        os.utime(name, ns=(node.mtime_ns, node.mtime_ns), dir_fd=parent, follow_symlinks=False)
+            set_mode(parent, name, node.mode)
+        set_times(parent, name, node.mtime_ns)
 
     def _xattrs(self, node: Node, target: int | bytes) -> None:
-        for key, value in self._view.xattrs(node).items():
-            try:
-                if isinstance(target, int):
-                    os.setxattr(target, key, value)
-                else:
-                    os.setxattr(target, key, value, follow_symlinks=False)
-            except OSError as error:
-                if error.errno not in _NO_XATTR:
-                    raise
-                self.result.skipped.append(f"{escape(node.path)}: {escape(key)}")
+        for key, error in set_xattrs(target, self._view.xattrs(node)):
+            if error.errno not in _NO_XATTR:
+                raise error
+            self.result.skipped.append(f"{escape(node.path)}: {escape(key)}")
 
     def _finish_directory(self, node: Node) -> None:
         descriptor = self._directory(node.path)

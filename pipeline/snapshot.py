@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import os
 import time
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import Digest
@@ -29,26 +30,24 @@ from stowray.pipeline.errors import (
 )
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import translated
-from stowray.pipeline.layer_trees import LayerRecord, LayerTrees, Workspace
+from stowray.pipeline.layer_trees import LayerRecord, LayerTrees
 from stowray.pipeline.limits import DEFAULT_LIMITS
 from stowray.pipeline.records import read_record, write_record
+from stowray.pipeline.staging import LayerSource, Stager
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
-    from contextlib import AbstractContextManager
     from pathlib import Path
 
-    from stowray.pipeline.layer import Staged
     from stowray.pipeline.limits import LayerLimits
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.staging import OpenRead
     from stowray.pipeline.store import Store
-
-    Read = Callable[[], bytes]
-    OpenRead = Callable[[], AbstractContextManager[Read]]
 
 _VERSION = 1
 # How long one waits for another process to stage the same layer before giving up.
 WAIT_SECONDS = 3600.0
-# New generations of one blob (a source sent wrong bytes) and trees taken by other chains.
+# Trees that other chains took first.
 TRIES = 8
 
 
@@ -128,6 +127,7 @@ class Snapshots:
         # than a plain user to the file system.
         self.privileged = store.capabilities.privileged if privileged is None else privileged
         self.trees = LayerTrees(store, self.privileged)
+        self._stager = Stager(self.trees)
         self.directory = store.path / "snapshots"
 
     def stage(
@@ -136,7 +136,7 @@ class Snapshots:
         open_read: OpenRead,
         *,
         limits: LayerLimits = DEFAULT_LIMITS,
-        report: Callable[[int, int], None] | None = None,
+        report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> StageOutcome:
@@ -152,7 +152,8 @@ class Snapshots:
             existed = record is not None
             if record is None:
                 self.trees.drop(name)
-                record = self._stage(name, diff_id, None, open_read, limits, report, cancelled)
+                source = LayerSource(open_read, limits, report, cancelled)
+                record = self._stager.stage(name, diff_id, source)
         return StageOutcome(
             existed=existed,
             tar_size=record.tar_size,
@@ -170,7 +171,7 @@ class Snapshots:
         open_read: OpenRead,
         *,
         limits: LayerLimits = DEFAULT_LIMITS,
-        report: Callable[[int, int], None] | None = None,
+        report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> Snapshot:
@@ -192,8 +193,8 @@ class Snapshots:
                 return present
             if parent is not None and not self.has(parent):
                 raise NotFoundError(f"parent snapshot {parent}", str(self.directory))
-            stage = (open_read, limits, report, cancelled)
-            layer, record = self._settled(diff_id, parent, stage)
+            source = LayerSource(open_read, limits, report, cancelled)
+            layer, record = self._layer(diff_id, parent, source)
             snapshot = Snapshot(
                 chain_id=chain_id,
                 parent=parent,
@@ -241,6 +242,18 @@ class Snapshots:
         layers = dict.fromkeys(link.layer for link in reversed(self.chain(chain_id)))
         return [self.trees.tree(layer) for layer in layers]
 
+    @contextmanager
+    def held(self, chain_id: Digest | None, holder: str) -> Iterator[ChainView]:
+        """Give the merged tree of a chain, which no collector removes meanwhile."""
+        from stowray.pipeline.overlay import ChainView
+
+        chain_ids = [] if chain_id is None else [chain_id]
+        with (
+            self._store.lease(holder, chain_ids=chain_ids),
+            ChainView(self.lowers(chain_id), self.privileged) as view,
+        ):
+            yield view
+
     def blob_mapping(self) -> dict[Digest, Digest]:
         """Return the blob digest of each snapshot by its chain ID."""
         return {snapshot.chain_id: snapshot.blob for snapshot in self.all()}
@@ -283,20 +296,19 @@ class Snapshots:
         self.trees.drop(layer)
         return gone
 
-    def stage_fresh(
-        self,
-        workspace_tree: Path,
-        diff_id: Digest,
-        open_read: OpenRead,
-        parent: Digest | None,
-        *,
-        limits: LayerLimits = DEFAULT_LIMITS,
-    ) -> None:
-        """Apply a layer's tar stream onto nothing but its parent chain, into ``workspace_tree``."""
-        self._apply(workspace_tree, diff_id, parent, open_read, limits, None, None)
+    @contextmanager
+    def rebuilt(
+        self, snapshot: Snapshot, open_read: OpenRead, limits: LayerLimits = DEFAULT_LIMITS
+    ) -> Iterator[Path]:
+        """Give the snapshot's layer tree made anew from its blob, gone after the block."""
+        alone = snapshot.layer == self.trees.alone(snapshot.diff_id)
+        below = None if alone else self.lowers(snapshot.parent)
+        source = LayerSource(open_read, limits)
+        with self._stager.fresh(snapshot.diff_id, source, below) as tree:
+            yield tree
 
-    def _settled(
-        self, diff_id: Digest, parent: Digest | None, stage: tuple[Any, ...]
+    def _layer(
+        self, diff_id: Digest, parent: Digest | None, source: LayerSource
     ) -> tuple[str, LayerRecord]:
         """Return name and record of a tree that equals the layer applied onto ``parent``."""
         alone, settled = self.trees.alone(diff_id), self.trees.settled(diff_id, parent)
@@ -304,97 +316,29 @@ class Snapshots:
         if record is not None:
             return settled, record
         self.trees.drop(settled)
-        open_read, limits, report, cancelled = stage
         for _ in range(TRIES):
             record = self.trees.find(alone)
             if record is None:
-                self.stage(diff_id, open_read, limits=limits, report=report, cancelled=cancelled)
+                self.stage(
+                    diff_id,
+                    source.open_read,
+                    limits=source.limits,
+                    report=source.report,
+                    cancelled=source.cancelled,
+                )
                 continue
             if not record.notes:
                 return alone, record
+            below = self.lowers(parent)
             with self.trees.take(alone) as taken:
                 if taken is None:
                     # The commit of another chain was quicker: that tree is settled onto its parent.
                     continue
-                record = self._settle(*taken, settled, parent)
+                record = self._stager.settle(*taken, settled, parent=parent, below=below)
             if record is None:
-                record = self._stage(settled, diff_id, parent, *stage)
+                record = self._stager.stage(settled, diff_id, source, parent=parent, below=below)
             return settled, record
-        raise NodeError(
-            str(self.trees.tree(alone)), "other pulls keep taking this layer: try again"
-        )
-
-    def _settle(
-        self, workspace: Workspace, record: LayerRecord, name: str, parent: Digest | None
-    ) -> LayerRecord | None:
-        """Settle a tree staged alone onto ``parent``; None when it must be staged again."""
-        from stowray.pipeline.overlay import ChainView
-        from stowray.pipeline.reconcile import settle
-
-        below = ChainView(self.lowers(parent), self.privileged)
-        failpoint("settle-before")
-        if not settle(workspace.tree, record.staged(), below):
-            return None
-        failpoint("settle-after")
-        settled = replace(record, parent=parent, notes={})
-        self.trees.publish(workspace, name, settled)
-        return settled
-
-    def _stage(
-        self,
-        name: str,
-        diff_id: Digest,
-        parent: Digest | None,
-        open_read: OpenRead,
-        limits: LayerLimits,
-        report: Callable[[int, int], None] | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> LayerRecord:
-        from stowray.pipeline.ingest import GenerationChanged
-
-        for _ in range(TRIES):
-            try:
-                with self.trees.workspace() as workspace:
-                    staged = self._apply(
-                        workspace.tree, diff_id, parent, open_read, limits, report, cancelled
-                    )
-                    record = LayerRecord.of(staged, parent)
-                    self.trees.publish(workspace, name, record)
-                    return record
-            except GenerationChanged:
-                # The bytes so far were wrong; what was made of them is gone with the workspace.
-                continue
-        raise NodeError(f"layer {diff_id}", f"wrong bytes arrived {TRIES} times in a row")
-
-    def _apply(
-        self,
-        tree: Path,
-        diff_id: Digest,
-        parent: Digest | None,
-        open_read: OpenRead,
-        limits: LayerLimits,
-        report: Callable[[int, int], None] | None,
-        cancelled: Callable[[], bool] | None,
-    ) -> Staged:
-        from stowray.pipeline.layer import stage_layer
-        from stowray.pipeline.overlay import ChainView
-
-        lower = None
-        if parent is not None:
-            lower = ChainView(self.lowers(parent), self.privileged)
-        with open_read() as read:
-            staged = stage_layer(
-                read,
-                tree,
-                limits=limits,
-                privileged=self.privileged,
-                lower=lower,
-                report=report,
-                cancelled=cancelled,
-            )
-        if staged.diff_id != diff_id:
-            raise DigestMismatchError(f"layer {diff_id}", diff_id, staged.diff_id)
-        return staged
+        raise NodeError(f"layer {diff_id}", "other pulls keep taking its tree: try again")
 
     def _find(self, chain_id: Digest) -> Snapshot | None:
         snapshot = self._read(self._path(chain_id), trusted=True)
