@@ -52,9 +52,14 @@ class Response:
         self._transport = transport
         self._clock = transport.clock
         self._open = True
+        self._release: Callable[[], None] | None = None
         self._direct = _direct_body(raw)
         self.url = url
         self.status = int(raw.status)
+
+    def on_close(self, release: Callable[[], None]) -> None:
+        """Call ``release`` when the exchange is over."""
+        self._release = release
 
     def header(self, name: str) -> str | None:
         """Return the first value of a header."""
@@ -154,6 +159,8 @@ class Response:
         # After the end of the body the connection is in its pool already and this closes nothing.
         self._raw.close()
         self._raw.release_conn()
+        if self._release is not None:
+            self._release()
 
     def __enter__(self) -> Self:
         return self
@@ -226,12 +233,13 @@ class Transport:
         *,
         body: bytes | None = None,
         cancelled: Callable[[], bool] | None = None,
+        patience_seconds: float | None = None,
     ) -> Response:
         """Send one request and return its answer, whatever its status.
 
         A kept-alive connection that the server had closed meanwhile is replaced without a word (RFC
         9112, section 9.3.1). Raises CancelledError, UnavailableError, or RegistryError for what
-        another try would not mend.
+        another try would not mend. ``patience_seconds`` replaces the usual wait for an answer.
         """
         from urllib3 import HTTPHeaderDict, Timeout
 
@@ -244,7 +252,7 @@ class Transport:
         timeout = Timeout(connect=self._connect_seconds, read=self._stall_seconds)
         while True:
             now = self.clock.monotonic()
-            limit = self._connect_seconds + self._stall_seconds
+            limit = patience_seconds or self._connect_seconds + self._stall_seconds
             watch = Watch(public_url(url), cancelled, now, now + limit)
             self._current.watch = watch
             self.watchdog.add(watch)

@@ -1,0 +1,139 @@
+"""The bytes of one blob as a registry sends them.
+
+Invariant: what is handed out begins at ``offset`` of the blob and goes on without a gap; a body in
+another encoding is decoded exactly once, and never mixed with ranges, whose offsets would count the
+encoded bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Self
+
+from stowray.pipeline.answers import parse_content_range, parse_length
+from stowray.pipeline.errors import RegistryError, SizeMismatchError, UnavailableError
+from stowray.pipeline.redact import public_url
+
+if TYPE_CHECKING:
+    import zlib
+
+    from stowray.pipeline.descriptor import Descriptor
+    from stowray.pipeline.transport import Response
+
+
+class RegistryBlob:
+    """A blob's bytes from ``offset`` on; closed by whoever opened it."""
+
+    def __init__(self, response: Response, offset: int, source: str) -> None:
+        self.offset = offset
+        self.source = source
+        self._response = response
+        self._decoder: zlib._Decompress | None = None
+
+    def decode_gzip(self) -> None:
+        """Undo a ``Content-Encoding: gzip`` that some proxy put round the blob."""
+        import zlib
+
+        self._decoder = zlib.decompressobj(31)
+
+    def read(self, size: int = 1 << 18) -> bytes:
+        """Return what has arrived, at most ``size`` bytes; none at the end."""
+        if self._decoder is None:
+            return self._response.read_piece(size)
+        return self._decoded(self._decoder, size)
+
+    def read_into(self, buffer: memoryview) -> int:
+        """Fill the start of ``buffer`` with what has arrived; 0 at the end."""
+        if self._decoder is None:
+            return self._response.read_into(buffer)
+        piece = self._decoded(self._decoder, len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        """Give the connection back when the body was read to its end, else close it."""
+        self._response.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _decoded(self, decoder: zlib._Decompress, size: int) -> bytes:
+        import zlib
+
+        url = public_url(self._response.url)
+        while True:
+            rest = decoder.unconsumed_tail
+            if not rest:
+                if decoder.eof:
+                    self._response.finish()
+                    return b""
+                rest = self._response.read_piece(size)
+                if not rest:
+                    raise UnavailableError(url, 0, "CUT", "the encoded body ended early")
+            try:
+                piece = decoder.decompress(rest, size)
+            except zlib.error as error:
+                raise UnavailableError(url, 0, "ENCODING", "a broken Content-Encoding") from error
+            if piece:
+                return piece
+
+
+def is_encoded(response: Response) -> bool:
+    """Return whether the body is not the blob itself but an encoding of it."""
+    return any(
+        part.strip().lower() not in ("", "identity")
+        for value in response.header_values("Content-Encoding")
+        for part in value.split(",")
+    )
+
+
+def is_usable_range(response: Response, descriptor: Descriptor, offset: int) -> bool:
+    """Return whether a 206 holds the blob from ``offset`` on (perhaps not to its end)."""
+    if is_encoded(response):
+        return False
+    media_type = (response.header("Content-Type") or "").partition(";")[0].strip().lower()
+    if media_type == "multipart/byteranges":
+        return False
+    part = parse_content_range(response.header("Content-Range"))
+    if part is None or part.first != offset or part.last >= descriptor.size:
+        return False
+    if part.total not in (None, descriptor.size):
+        return False
+    length = content_length(response)
+    return length in (None, part.last - part.first + 1)
+
+
+def whole_blob(response: Response, descriptor: Descriptor, source: str) -> RegistryBlob:
+    """Return the stream of a 200, checked against the descriptor as far as its headers tell.
+
+    Raises SizeMismatchError for a body of another length, RegistryError for an encoding that was
+    not asked for and is not understood.
+    """
+    stream = RegistryBlob(response, 0, source)
+    length = content_length(response)
+    if is_encoded(response):
+        # A header that lies (a .tar.gz said to be gzip-encoded) is known by the length.
+        if length == descriptor.size:
+            return stream
+        value = ", ".join(response.header_values("Content-Encoding"))
+        if value.strip().lower() not in ("gzip", "x-gzip"):
+            url = public_url(response.url)
+            raise RegistryError(
+                url, response.status, "ENCODING", f"Content-Encoding {value[:40]!r}"
+            )
+        stream.decode_gzip()
+        return stream
+    if length is not None and length != descriptor.size:
+        raise SizeMismatchError(str(descriptor.digest), descriptor.size, length)
+    return stream
+
+
+def content_length(response: Response) -> int | None:
+    """Return the body's length if it is told; RegistryError when it is told badly."""
+    try:
+        return parse_length(response.header_values("Content-Length"))
+    except ValueError as error:
+        url = public_url(response.url)
+        raise RegistryError(url, response.status, "PROTOCOL", str(error)) from error

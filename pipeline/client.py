@@ -1,0 +1,369 @@
+"""Requests to registries: scheme, login, redirects, permits; and their answers.
+
+Invariant: a login never follows a redirect to another scheme, host or port; a redirect leads
+neither to anything but http(s), nor from https to http, nor to an address nearer than the registry;
+at most ten hops and two answered challenges per request; a permit is out only while an exchange is.
+"""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import TYPE_CHECKING
+from urllib.parse import urljoin
+
+from stowray.pipeline.addresses import (
+    canonical_address,
+    is_loopback,
+    realm_refusal,
+    refusal,
+    same_origin,
+)
+from stowray.pipeline.answers import Refusal, parse_warning
+from stowray.pipeline.answers import refusal as read_refusal
+from stowray.pipeline.auth import Authenticator, Grant, Resource
+from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
+from stowray.pipeline.redact import host_of, public_url, redact_text
+from stowray.pipeline.retry import retry_after
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable
+
+    from stowray.pipeline.credentials import Credentials
+    from stowray.pipeline.limiter import Limiter
+    from stowray.pipeline.transport import Headers, Response, Transport
+
+REDIRECTS = frozenset({301, 302, 303, 307, 308})
+HOP_LIMIT = 10
+CHALLENGE_LIMIT = 2
+PROBE_SECONDS = 2.0
+
+
+class Answer:
+    """The last answer of a request, past redirects and challenges, and how it was asked for."""
+
+    def __init__(self, response: Response, grant: Grant, *, redirected: bool) -> None:
+        self.response = response
+        self.grant = grant
+        self.redirected = redirected
+
+    def refusal(self) -> Refusal:
+        """Return what the answer says went wrong; its connection is given back."""
+        return read_refusal(self.response, self.grant.secrets)
+
+
+def never() -> bool:
+    """Return False: nobody cancels."""
+    return False
+
+
+class Client:
+    """Sends requests to any number of registries; thread-safe, one per process."""
+
+    def __init__(
+        self,
+        transport: Transport,
+        credentials: Credentials,
+        limiter: Limiter,
+        *,
+        plain_http: Collection[str] = (),
+        clock: Clock = SYSTEM_CLOCK,
+        warn: Callable[[str], None] | None = None,
+    ) -> None:
+        self._transport = transport
+        self._limiter = limiter
+        self._plain_http = frozenset(plain_http)
+        self._clock = clock
+        self._warn = warn
+        self._warned: set[str] = set()
+        self._lock = threading.Lock()
+        self._schemes: dict[str, str] = {}
+        self._auth = Authenticator(self._ask_realm, credentials, trusted=plain_http, clock=clock)
+
+    def request(
+        self,
+        method: str,
+        host: str,
+        path: str,
+        *,
+        registry: str,
+        repository: str,
+        headers: Headers = (),
+        document: bool = True,
+        anonymous: bool = False,
+        cancelled: Callable[[], bool] = never,
+    ) -> Answer:
+        """Return the answer to ``method`` on ``path``; of whatever status, but no redirect or 401.
+
+        Raises UnauthorizedError for a 401 that no login can answer.
+        """
+        challenges = 0
+        renewed = False
+        while True:
+            known = self._schemes.get(host)
+            # Where plain http is allowed it is tried first: no login was asked for yet, and what a
+            # TLS server makes of it shows at once.
+            tentative = known is None and self.may_be_plain(host)
+            scheme = known or ("http" if tentative else "https")
+            resource = Resource(host, scheme, registry, repository, anonymous)
+            grant = self._auth.grant(resource, cancelled)
+            try:
+                answer = self._follow(method, resource, path, headers, grant, document, cancelled)
+            except UnavailableError as error:
+                if not tentative or error.code not in ("CUT", "PROTOCOL"):
+                    raise
+                if not self._speaks_tls(host, cancelled):
+                    raise
+                self._learn_scheme(host, "https")
+                continue
+            status = answer.response.status
+            if tentative and status == 400 and self._speaks_tls(host, cancelled):
+                answer.response.close()
+                self._learn_scheme(host, "https")
+                continue
+            if known is None:
+                self._learn_scheme(host, scheme)
+            if status == 401 and not answer.redirected:
+                if method == "HEAD" and challenges >= CHALLENGE_LIMIT:
+                    # A HEAD tells no reason; the GET that follows does.
+                    return answer
+                refused = answer.refusal()
+                if challenges >= CHALLENGE_LIMIT:
+                    detail = refused.message or "every login is refused"
+                    raise UnauthorizedError(registry, resource.scope, detail)
+                challenges += 1
+                self._auth.challenged(
+                    resource,
+                    answer.response.header_values("WWW-Authenticate"),
+                    grant,
+                    partial(self._root_challenge, resource, cancelled),
+                )
+                continue
+            if status in (400, 403) and not renewed and method == "GET":
+                refused = answer.refusal()
+                renewed = True
+                if answer.redirected or (
+                    refused.is_expired_login and self._auth.expired(resource, grant)
+                ):
+                    # A signed URL lives for minutes: the registry has a new one.
+                    continue
+                return _Refused(answer, refused)
+            return answer
+
+    def get_foreign(self, url: str, cancelled: Callable[[], bool]) -> Answer:
+        """Return the answer to a GET of a layer's own URL; nobody's login goes there."""
+        scheme, host = url.partition("://")[0], host_of(url)
+        response = self._exchange("GET", url, (), document=False, cancelled=cancelled)
+        for _ in range(HOP_LIMIT):
+            if response.status not in REDIRECTS:
+                return Answer(response, Grant(), redirected=False)
+            url = self._next(response, url, Resource(host, scheme, host, ""))
+            response = self._exchange("GET", url, (), document=False, cancelled=cancelled)
+        response.close()
+        raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._transport.close()
+
+    def may_be_plain(self, host: str) -> bool:
+        """Return whether plain http to ``host`` is allowed: loopback, or named in the settings."""
+        return is_loopback(host) or any(
+            known == host or canonical_address("http", known) == canonical_address("http", host)
+            for known in self._plain_http
+        )
+
+    # -- one request ------------------------------------------------------------------------------
+
+    def _follow(
+        self,
+        method: str,
+        resource: Resource,
+        path: str,
+        headers: Headers,
+        grant: Grant,
+        document: bool,
+        cancelled: Callable[[], bool],
+    ) -> Answer:
+        url = first = f"{resource.scheme}://{resource.host}{path}"
+        own: Headers = (("Authorization", grant.header),) if grant.header else ()
+        for hop in range(HOP_LIMIT + 1):
+            # Once left, an origin is not trusted again: it may be the other side that leads back.
+            if own and not same_origin(first, url):
+                own = ()
+            response = self._exchange(
+                method, url, (*headers, *own), document=document, cancelled=cancelled
+            )
+            elsewhere = not same_origin(first, url)
+            if response.status == 401 and elsewhere:
+                response = self._ask_elsewhere(
+                    response, method, url, headers, resource, document, cancelled
+                )
+            if response.status not in REDIRECTS:
+                return Answer(response, grant, redirected=elsewhere)
+            if hop == HOP_LIMIT:
+                break
+            url = self._next(response, url, resource)
+        response.close()
+        raise RegistryError(public_url(first), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+
+    def _next(self, response: Response, url: str, resource: Resource) -> str:
+        """Return where a redirect leads, its answer's connection given back."""
+        location = response.header("Location")
+        status = response.status
+        response.finish()
+        if not location:
+            raise RegistryError(public_url(url), status, "REDIRECT", "a redirect to nowhere")
+        try:
+            target = urljoin(url, location)
+            reason = refusal(
+                target,
+                registry=resource.host,
+                scheme=url.partition(":")[0],
+                trusted=self._plain_http,
+            )
+        except ValueError:
+            target, reason = "", "not a URL"
+        if reason:
+            where = public_url(target) or "somewhere"
+            raise RegistryError(
+                public_url(url), status, "REDIRECT", f"the redirect to {where} is refused: {reason}"
+            )
+        return target
+
+    def _ask_elsewhere(
+        self,
+        response: Response,
+        method: str,
+        url: str,
+        headers: Headers,
+        resource: Resource,
+        document: bool,
+        cancelled: Callable[[], bool],
+    ) -> Response:
+        """Answer the challenge of a host that a redirect led to, as nobody."""
+        demanded = response.header_values("WWW-Authenticate")
+        if not demanded:
+            return response
+        response.finish()
+        there = Resource(
+            host_of(url), url.partition(":")[0], host_of(url), resource.repository, anonymous=True
+        )
+        self._auth.challenged(there, demanded, Grant(), lambda: ())
+        grant = self._auth.grant(there, cancelled)
+        own = (("Authorization", grant.header),) if grant.header else ()
+        return self._exchange(method, url, (*headers, *own), document=document, cancelled=cancelled)
+
+    def _exchange(
+        self,
+        method: str,
+        url: str,
+        headers: Iterable[tuple[str, str]],
+        *,
+        body: bytes | None = None,
+        document: bool,
+        cancelled: Callable[[], bool],
+        patience_seconds: float | None = None,
+    ) -> Response:
+        host = host_of(url)
+        release = self._limiter.acquire(host, document=document, cancelled=cancelled)
+        try:
+            response = self._transport.exchange(
+                method,
+                url,
+                headers,
+                body=body,
+                cancelled=cancelled,
+                patience_seconds=patience_seconds,
+            )
+        except BaseException:
+            release()
+            raise
+        response.on_close(release)
+        if response.status in (429, 503):
+            seconds = retry_after(response.header("Retry-After"), self._clock.wall())
+            if seconds is not None:
+                # All threads slow down, not only the one that was told.
+                self._limiter.pause(host, seconds)
+        for value in response.header_values("Warning"):
+            self._show(parse_warning(value), host)
+        return response
+
+    def _show(self, text: str, host: str) -> None:
+        if not text or self._warn is None:
+            return
+        shown = f"{host} warns: {redact_text(text)}"
+        with self._lock:
+            if shown in self._warned:
+                return
+            self._warned.add(shown)
+        self._warn(shown)
+
+    def _ask_realm(
+        self, method: str, url: str, headers: Headers, body: bytes | None, resource: Resource
+    ) -> Response:
+        """Make the exchange for a token; a redirect is followed without the login."""
+        for _ in range(HOP_LIMIT):
+            response = self._exchange(
+                method, url, headers, body=body, document=True, cancelled=never
+            )
+            if response.status not in REDIRECTS or method != "GET":
+                return response
+            target = self._next(response, url, resource)
+            reason = realm_refusal(
+                target,
+                registry=resource.host,
+                scheme=url.partition(":")[0],
+                trusted=self._plain_http,
+            )
+            if reason:
+                raise RegistryError(public_url(url), response.status, "REDIRECT", reason)
+            if not same_origin(url, target):
+                headers = ()
+            url = target
+        raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+
+    def _root_challenge(self, resource: Resource, cancelled: Callable[[], bool]) -> Iterable[str]:
+        url = f"{resource.scheme}://{resource.host}/v2/"
+        with self._exchange("GET", url, (), document=True, cancelled=cancelled) as response:
+            demanded = response.header_values("WWW-Authenticate")
+            response.finish()
+        return demanded
+
+    # -- scheme -----------------------------------------------------------------------------------
+
+    def _speaks_tls(self, host: str, cancelled: Callable[[], bool]) -> bool:
+        """Return whether ``host``, which did not understand plain http, answers over TLS.
+
+        An untrusted certificate is an error and nothing to fall back from. The patience is short,
+        because a plain server may wait for the end of what it takes for a long first line.
+        """
+        try:
+            with self._exchange(
+                "GET",
+                f"https://{host}/v2/",
+                (),
+                document=True,
+                cancelled=cancelled,
+                patience_seconds=PROBE_SECONDS,
+            ) as response:
+                response.finish()
+        except UnavailableError:
+            return False
+        return True
+
+    def _learn_scheme(self, host: str, scheme: str) -> None:
+        with self._lock:
+            self._schemes[host] = scheme
+
+
+class _Refused(Answer):
+    """An answer whose refusal was read already."""
+
+    def __init__(self, answer: Answer, refused: Refusal) -> None:
+        super().__init__(answer.response, answer.grant, redirected=answer.redirected)
+        self._refused = refused
+
+    def refusal(self) -> Refusal:
+        return self._refused

@@ -1,0 +1,437 @@
+"""Registries: what a reference names, documents by digest, and the bytes of blobs.
+
+Invariant: a document that is handed out was hashed, whatever its headers say; a tag's digest comes
+from a HEAD only when that told digest, length and type, else from the hash of a body; nothing
+larger than its limit is read; a tag's manifest is never looked for among the blobs.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from typing import TYPE_CHECKING, TypeVar
+
+from stowray.pipeline.answers import to_error
+from stowray.pipeline.blob_stream import (
+    RegistryBlob,
+    content_length,
+    is_encoded,
+    is_usable_range,
+    whole_blob,
+)
+from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.descriptor import Descriptor
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import (
+    ContentError,
+    DigestMismatchError,
+    InvalidDigestError,
+    ManifestError,
+    NotFoundError,
+    RegistryError,
+    SizeMismatchError,
+    StowrayError,
+    UnavailableError,
+    UsageError,
+    escape,
+)
+from stowray.pipeline.media_types import (
+    ACCEPT,
+    INDEX_TYPES,
+    MANIFEST_TYPES,
+    UNSPECIFIC_TYPES,
+)
+from stowray.pipeline.origin import Resolved
+from stowray.pipeline.redact import host_of, public_url
+from stowray.pipeline.reference import Reference, wire_host
+from stowray.pipeline.retry import Retries, RetryPolicy
+from stowray.pipeline.settings import RegistrySettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from stowray.pipeline.client import Answer, Client
+    from stowray.pipeline.source import Source
+    from stowray.pipeline.transport import Response
+
+Value = TypeVar("Value")
+
+DOCUMENT_LIMIT = 4 << 20
+ACCEPTED = tuple(("Accept", value) for value in (*ACCEPT, "*/*"))
+_DOCUMENT_TYPES = INDEX_TYPES | MANIFEST_TYPES
+
+
+def never() -> bool:
+    """Return False: nobody cancels."""
+    return False
+
+
+class Registry:
+    """All registries as one origin; thread-safe, one per process, connections kept until closed."""
+
+    def __init__(
+        self,
+        settings: RegistrySettings | None = None,
+        *,
+        environment: Mapping[str, str] | None = None,
+        clock: Clock = SYSTEM_CLOCK,
+        warn: Callable[[str], None] | None = None,
+        client: Client | None = None,
+    ) -> None:
+        self._settings = settings or RegistrySettings()
+        self._clock = clock
+        environment = os.environ if environment is None else environment
+        self._client = client or _client(self._settings, environment, clock, warn)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._client.close()
+
+    def resolve(self, reference: Source, *, cancelled: Callable[[], bool] = never) -> Resolved:
+        """Return what ``reference`` names now, with its document when a GET was needed."""
+        reference = _of_registry(reference)
+
+        def attempt() -> Resolved:
+            if reference.digest is not None:
+                return self._by_digest(reference, reference.digest, None, cancelled)
+            return self._head(reference, cancelled) or self._get_tag(reference, cancelled)
+
+        return self._retried(f"resolve {reference.canonical}", attempt, cancelled)
+
+    def manifest(
+        self,
+        reference: Source,
+        digest: Digest,
+        size: int | None = None,
+        *,
+        cancelled: Callable[[], bool] = never,
+    ) -> bytes:
+        """Return the index or manifest ``digest`` of the repository, hashed."""
+        named = _of_registry(reference)
+
+        def attempt() -> bytes:
+            body = self._by_digest(named, digest, size, cancelled).body
+            return body if body is not None else b""
+
+        return self._retried(f"get {named.name}@{digest}", attempt, cancelled)
+
+    def open_blob(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        offset: int = 0,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> RegistryBlob:
+        """Return the unverified bytes of a blob, from ``offset`` on if the registry knows ranges.
+
+        One attempt: whoever reads it knows how far it got, and tries again from there.
+        """
+        named = _of_registry(reference)
+        cancelled = cancelled or never
+        try:
+            return self._open_blob(named, descriptor, offset, cancelled)
+        except NotFoundError:
+            if not self._settings.foreign_urls or not descriptor.urls:
+                raise
+            return self._open_foreign(descriptor, cancelled)
+
+    # -- documents --------------------------------------------------------------------------------
+
+    def _head(self, reference: Reference, cancelled: Callable[[], bool]) -> Resolved | None:
+        """Return what a HEAD tells of a tag; None when only a GET can."""
+        answer = self._request("HEAD", reference, f"manifests/{reference.target}", cancelled)
+        response = answer.response
+        response.finish()
+        if response.status == 404:
+            raise to_error(answer.refusal(), **_about(reference, reference.canonical))
+        if response.status != 200:
+            # 405, or a 403 whose reason only the GET's body tells; HEADs have no bodies.
+            return None
+        media_type = _media_type(response)
+        if media_type not in _DOCUMENT_TYPES or is_encoded(response):
+            return None
+        digest = _told_digest(response)
+        size = content_length(response)
+        if digest is None or not size:
+            return None
+        source = host_of(response.url)
+        return Resolved(Descriptor(media_type=media_type, digest=digest, size=size), source=source)
+
+    def _get_tag(self, reference: Reference, cancelled: Callable[[], bool]) -> Resolved:
+        answer = self._request("GET", reference, f"manifests/{reference.target}", cancelled)
+        response = answer.response
+        if response.status != 200:
+            raise to_error(answer.refusal(), **_about(reference, reference.canonical))
+        with response:
+            body = _read_document(response, reference.canonical, DOCUMENT_LIMIT)
+            told = _told_digest(response)
+            if is_encoded(response) and not (told is not None and told.matches(body)):
+                body = _decoded(body, reference.canonical)
+            if told is not None and not told.matches(body):
+                actual = Digest.of(body, told.algorithm)
+                raise DigestMismatchError(reference.canonical, told, actual)
+            return _resolved(response, body, told or Digest.of(body))
+
+    def _by_digest(
+        self,
+        reference: Reference,
+        digest: Digest,
+        size: int | None,
+        cancelled: Callable[[], bool],
+    ) -> Resolved:
+        try:
+            return self._get_digest(reference, digest, size, cancelled)
+        except ContentError:
+            # One fresh answer: a cache or proxy in between may have had a bad moment.
+            return self._get_digest(reference, digest, size, cancelled)
+
+    def _get_digest(
+        self,
+        reference: Reference,
+        digest: Digest,
+        size: int | None,
+        cancelled: Callable[[], bool],
+    ) -> Resolved:
+        what = f"{reference.name}@{digest}"
+        answer = self._request("GET", reference, f"manifests/{digest}", cancelled)
+        if answer.response.status == 404:
+            refused = answer.refusal()
+            # Old registries keep documents that no tag names among the blobs only.
+            answer = self._request("GET", reference, f"blobs/{digest}", cancelled)
+            if answer.response.status == 404:
+                answer.response.finish()
+                raise to_error(refused, **_about(reference, what))
+        response = answer.response
+        if response.status != 200:
+            raise to_error(answer.refusal(), **_about(reference, what))
+        with response:
+            limit = DOCUMENT_LIMIT if size is None else min(size, DOCUMENT_LIMIT)
+            body = _read_document(response, what, DOCUMENT_LIMIT)
+            if is_encoded(response) and not digest.matches(body):
+                body = _decoded(body, what)
+            if not digest.matches(body):
+                raise DigestMismatchError(what, digest, Digest.of(body, digest.algorithm))
+            if size is not None and len(body) != limit:
+                raise SizeMismatchError(what, size, len(body))
+            return _resolved(response, body, digest)
+
+    # -- blobs ------------------------------------------------------------------------------------
+
+    def _open_blob(
+        self,
+        reference: Reference,
+        descriptor: Descriptor,
+        offset: int,
+        cancelled: Callable[[], bool],
+    ) -> RegistryBlob:
+        if 0 < offset < descriptor.size:
+            # Closed: an open range makes some servers close the connection. None at 0: some
+            # refuse "bytes=0-".
+            ranged = (("Range", f"bytes={offset}-{descriptor.size - 1}"),)
+            answer = self._blob_request(reference, descriptor, ranged, cancelled)
+            response = answer.response
+            if response.status == 206:
+                if is_usable_range(response, descriptor, offset):
+                    return RegistryBlob(response, offset, reference.registry)
+                # Another part than was asked for, or one that cannot be placed: ask for all.
+                response.close()
+            elif response.status == 200:
+                return _checked(response, descriptor, reference.registry)
+            elif response.status == 416:
+                response.finish()
+            else:
+                raise to_error(
+                    answer.refusal(), **_about(reference, f"{reference.name}@{descriptor.digest}")
+                )
+        answer = self._blob_request(reference, descriptor, (), cancelled)
+        response = answer.response
+        if response.status == 200:
+            return _checked(response, descriptor, reference.registry)
+        if response.status < 300:
+            response.close()
+            raise RegistryError(public_url(response.url), response.status, "", "not the blob")
+        raise to_error(
+            answer.refusal(), **_about(reference, f"{reference.name}@{descriptor.digest}")
+        )
+
+    def _blob_request(
+        self,
+        reference: Reference,
+        descriptor: Descriptor,
+        headers: tuple[tuple[str, str], ...],
+        cancelled: Callable[[], bool],
+    ) -> Answer:
+        return self._client.request(
+            "GET",
+            wire_host(reference.registry),
+            f"/v2/{reference.repository}/blobs/{descriptor.digest}",
+            registry=reference.registry,
+            repository=reference.repository,
+            headers=headers,
+            document=False,
+            cancelled=cancelled,
+        )
+
+    def _open_foreign(self, descriptor: Descriptor, cancelled: Callable[[], bool]) -> RegistryBlob:
+        """Return a layer from one of its own URLs: as nobody, public https only."""
+        from stowray.pipeline.addresses import foreign_refusal
+
+        failed: StowrayError | None = None
+        for url in descriptor.urls:
+            reason = foreign_refusal(url)
+            if reason:
+                failed = failed or RegistryError(public_url(url), 0, "", f"not fetched: {reason}")
+                continue
+            try:
+                answer = self._client.get_foreign(url, cancelled)
+            except RegistryError as error:
+                failed = error
+                continue
+            if answer.response.status == 200:
+                return _checked(answer.response, descriptor, host_of(url))
+            about = {"what": str(descriptor.digest), "registry": host_of(url), "scope": ""}
+            failed = to_error(answer.refusal(), **about)
+        raise failed or NotFoundError(str(descriptor.digest), "its URLs")
+
+    # -- requests ---------------------------------------------------------------------------------
+
+    def _request(
+        self, method: str, reference: Reference, path: str, cancelled: Callable[[], bool]
+    ) -> Answer:
+        return self._client.request(
+            method,
+            wire_host(reference.registry),
+            f"/v2/{reference.repository}/{path}",
+            registry=reference.registry,
+            repository=reference.repository,
+            headers=ACCEPTED,
+            cancelled=cancelled,
+        )
+
+    def _retried(
+        self, what: str, attempt: Callable[[], Value], cancelled: Callable[[], bool]
+    ) -> Value:
+        retries = Retries(what, policy(self._settings), self._clock)
+        while True:
+            try:
+                return attempt()
+            except UnavailableError as error:
+                retries.pause(error, cancelled, weight=weight(error))
+
+
+def policy(settings: RegistrySettings) -> RetryPolicy:
+    """Return how patient the settings want us to be."""
+    return RetryPolicy(attempts=settings.attempts, deadline_seconds=settings.deadline_seconds)
+
+
+def weight(error: UnavailableError) -> int:
+    """Return for how many failures one counts: a host that is not there rarely appears soon."""
+    return 2 if error.code == "UNREACHABLE" else 1
+
+
+def _client(
+    settings: RegistrySettings,
+    environment: Mapping[str, str],
+    clock: Clock,
+    warn: Callable[[str], None] | None,
+) -> Client:
+    # Here and not above: a pull that finds everything in the store needs none of this.
+    from stowray.pipeline.client import Client
+    from stowray.pipeline.credentials import Credentials
+    from stowray.pipeline.limiter import Limiter
+    from stowray.pipeline.proxies import Proxies
+    from stowray.pipeline.transport import Transport
+
+    transport = Transport(
+        ca_file=settings.ca_file,
+        connect_seconds=settings.connect_timeout_seconds,
+        stall_seconds=settings.stall_timeout_seconds,
+        minimum_rate=settings.minimum_bytes_per_second,
+        proxies=Proxies.read(environment),
+        clock=clock,
+    )
+    return Client(
+        transport,
+        Credentials(environment, settings.authfile),
+        Limiter(settings.connections, clock),
+        plain_http=settings.plain_http,
+        clock=clock,
+        warn=warn,
+    )
+
+
+def _of_registry(reference: Source) -> Reference:
+    if not isinstance(reference, Reference):
+        raise UsageError(reference.canonical, "not an image of a registry")
+    return reference
+
+
+def _about(reference: Reference, what: str) -> dict[str, str]:
+    return {
+        "what": what,
+        "registry": reference.registry,
+        "scope": f"repository:{reference.repository}:pull",
+    }
+
+
+def _media_type(response: Response) -> str:
+    return (response.header("Content-Type") or "").partition(";")[0].strip().lower()
+
+
+def _told_digest(response: Response) -> Digest | None:
+    told = response.header("Docker-Content-Digest")
+    if not told:
+        return None
+    try:
+        return Digest(told.strip())
+    except InvalidDigestError:
+        # An algorithm that cannot be checked here, or nonsense: the body is hashed instead.
+        return None
+
+
+def _read_document(response: Response, what: str, limit: int) -> bytes:
+    length = content_length(response)
+    if length is not None and length > limit:
+        response.close()
+        raise ManifestError(what, f"{length} bytes are more than the limit of {limit}")
+    body = response.read(limit)
+    if len(body) > limit:
+        response.close()
+        raise ManifestError(what, f"larger than the limit of {limit} bytes")
+    response.finish()
+    return body
+
+
+def _decoded(body: bytes, what: str) -> bytes:
+    """Undo a Content-Encoding that nobody asked for; only gzip is met in the field."""
+    decoder = zlib.decompressobj(31)
+    try:
+        plain = decoder.decompress(body, DOCUMENT_LIMIT + 1)
+    except zlib.error as error:
+        raise ManifestError(what, "came in a Content-Encoding that is not gzip") from error
+    if len(plain) > DOCUMENT_LIMIT or not decoder.eof:
+        raise ManifestError(what, f"larger than the limit of {DOCUMENT_LIMIT} bytes")
+    return plain
+
+
+def _resolved(response: Response, body: bytes, digest: Digest) -> Resolved:
+    media_type = _media_type(response)
+    if media_type == "text/html":
+        # A captive portal or a login page answers everything with 200.
+        url = public_url(response.url)
+        raise RegistryError(url, response.status, "", "a web page came instead of a manifest")
+    if media_type in UNSPECIFIC_TYPES:
+        from stowray.pipeline.documents import detect_media_type
+
+        media_type = detect_media_type(body)
+    descriptor = Descriptor(media_type=escape(media_type), digest=digest, size=len(body))
+    return Resolved(descriptor, body, host_of(response.url), requests=1)
+
+
+def _checked(response: Response, descriptor: Descriptor, source: str) -> RegistryBlob:
+    try:
+        return whole_blob(response, descriptor, source)
+    except StowrayError:
+        response.close()
+        raise
