@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING
 from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
+from stowray.pipeline.records import ReferenceRecord
 from stowray.pipeline.resolve import Request, Resolver, document_digests
 from stowray.pipeline.result import make_result
 from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.source import DiskImage, Source
-from stowray.pipeline.store import ReferenceRecord, Store
+from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -185,7 +186,7 @@ class LocalEngine:
             request, resolver = self._request(source, options, cancelled)
             found = resolver.images(request)
             seconds = time.perf_counter() - begun
-            results = []
+            results: list[PullResult] = []
             for image in found:
                 lease.add(digests=_all_digests(image), chain_ids=())
                 requests = 0 if results else request.manifest_requests
@@ -308,8 +309,8 @@ class LocalEngine:
         crew = self._get_crew()
         fetcher = self.fetcher(source)
 
-        def submit(step: Step, stop: Callable[[], bool]) -> Future[Outcome]:
-            return crew.submit(step, image, fetcher, report, stop)
+        def submit(step: Step, cancelled: Callable[[], bool]) -> Future[Outcome]:
+            return crew.submit(step, image, fetcher, report, cancelled)
 
         return run_plan(plan, submit, cancelled)
 

@@ -13,6 +13,7 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from typing import Any
 
 from stowray.pipeline.errors import StorageError, StowrayError, to_wire
@@ -110,6 +111,10 @@ def _carry_out(
         )
     except MemoryError:
         owner.send(["error", identity, *to_wire(StorageError("memory", "not enough memory"))])
+    except Exception as error:  # noqa: BLE001 - the owner must hear of a defect, not of a dead worker
+        where = traceback.format_exc(limit=-3)
+        failure = StowrayError(f"internal error in {operation}: {error!r}", where)
+        owner.send(["error", identity, *to_wire(failure)])
     else:
         owner.send(["done", identity, result])
 

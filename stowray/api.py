@@ -15,23 +15,21 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Self
 
-from stowray.pipeline.disk_images import parse_source
+from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
 from stowray.pipeline.image import manifest_key
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.settings import Settings, load_settings
+from stowray.pipeline.source import Source, parse_source
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
     from stowray.pipeline import image as images
-    from stowray.pipeline.digest import Digest
-    from stowray.pipeline.disk_images import DiskImage
     from stowray.pipeline.leases import Lease
     from stowray.pipeline.progress import Event
-    from stowray.pipeline.reference import Reference
     from stowray.pipeline.resolve import Policy
     from stowray.pipeline.result import PullResult
 
@@ -62,7 +60,7 @@ class Image:
     def __init__(
         self,
         engine: LocalEngine,
-        source: Reference | DiskImage,
+        source: Source,
         image: images.Image,
         options: PullOptions,
         lease: Lease,
@@ -116,7 +114,7 @@ class Image:
         return SnapshotHandle(
             chain_id=str(chain_id),
             description=f"pulled from {self.reference}",
-            lowers=tuple(self._engine.snapshots.lowers(chain_id or None)),
+            lowers=tuple(self._engine.snapshots.lowers(Digest(chain_id) if chain_id else None)),
         )
 
     def close(self) -> None:

@@ -17,7 +17,7 @@ from stowray.text import seconds_text, size_text
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from rich.console import Group
+    from rich.console import Group, RenderableType
     from rich.live import Live
 
     from stowray.pipeline.progress import Event, Progress
@@ -171,7 +171,7 @@ def _state(events: list[Event], ended: Event | None) -> str:
     return "resolving"
 
 
-def _row(event: Event) -> tuple[object, ...]:
+def _row(event: Event) -> tuple[RenderableType, ...]:
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 

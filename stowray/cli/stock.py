@@ -14,8 +14,9 @@ from stowray.text import age_text, size_text
 
 if TYPE_CHECKING:
     from stowray.cli.context import Context
+    from stowray.pipeline.records import ReferenceRecord
     from stowray.pipeline.snapshot import Snapshots
-    from stowray.pipeline.store import ReferenceRecord, Store
+    from stowray.pipeline.store import Store
 
 
 def _say(text: str) -> None:
@@ -140,7 +141,6 @@ def _layer_row(
             "layer": found.layer,
             "unpacked_size": found.unpacked_size,
             "created": found.created,
-            "durable": store.trust.is_durable(found.stamp),
         }
     return {
         "digest": str(digest),
@@ -148,6 +148,7 @@ def _layer_row(
         "chain_id": str(chain_id),
         "size": _blob_size(store, digest),
         "present": store.has(digest),
+        "durable": store.trust.is_durable(store.blob_record(digest).verified),
         "snapshot": snapshot,
     }
 
@@ -186,6 +187,8 @@ def rm_command(context: Context, references: tuple[str, ...]) -> int:
 @click.option("--min-free", metavar="SIZE", help="Also remove oldest unpinned images for SIZE.")
 def gc_command(context: Context, dry_run: bool, max_size: str | None, min_free: str | None) -> int:
     """Remove blobs, layer trees and leftovers that no reference, pin, lease or pull needs."""
+    from dataclasses import asdict
+
     from stowray.pipeline.collect import collect
 
     store = context.open_store()
@@ -196,10 +199,11 @@ def gc_command(context: Context, dry_run: bool, max_size: str | None, min_free: 
         min_free=_size(min_free),
     )
     if context.json:
-        _say(json.dumps(report.to_dict()))
+        _say(json.dumps(asdict(report)))
     else:
         verb = "would free" if dry_run else "freed"
-        _say(f"{verb} {size_text(report.freed_bytes)} in {report.removed_count} items")
+        count = len(report.blobs) + len(report.snapshots) + len(report.layers)
+        _say(f"{verb} {size_text(report.freed)} in {count} items")
     return 0
 
 

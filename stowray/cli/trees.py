@@ -83,7 +83,7 @@ def rootfs_command(
     check_destination(target)
 
     def act(store: Store, result: PullResult, chain_id: Digest | None) -> dict[str, Any]:
-        write_rootfs(store, chain_id, target, link=link)
+        write_rootfs(store, chain_id, target, link=link)  # type: ignore[arg-type]
         return {
             "reference": result.reference,
             "path": str(target),

@@ -4,6 +4,7 @@ import threading
 from dataclasses import replace
 
 import pytest
+
 from stowray.pipeline.clock import SYSTEM_CLOCK
 from stowray.pipeline.errors import CancelledError, NotFoundError
 from stowray.pipeline.flight import SingleFlight

@@ -4,6 +4,7 @@ import threading
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from stowray.pipeline.progress import FINAL, Event, Progress
 
 
