@@ -47,6 +47,11 @@ def base256(value: int, width: int) -> bytes:
     return bytes(encoded)
 
 
+def wide(value: int, width: int) -> bytes:
+    """Return a number as octal, or in base-256 where octal cannot hold it, as GNU tar does."""
+    return octal(value, width) if 0 <= value < 8 ** (width - 1) else base256(value, width)
+
+
 def _field(value: Text, width: int) -> bytes:
     encoded = raw(value)
     if len(encoded) > width:
@@ -211,9 +216,9 @@ def old_sparse(
     **fields: object,
 ) -> bytes:
     """Return an old GNU sparse entry, with extension blocks when four segments do not do."""
-    slots = [octal(offset, 12) + octal(length, 12) for offset, length in segments]
+    slots = [wide(offset, 12) + wide(length, 12) for offset, length in segments]
     rest = [slots[start : start + 21] for start in range(4, len(slots), 21)]
-    patches = {386: b"".join(slots[:4]), 482: bytes([bool(rest)]), 483: octal(real, 12)}
+    patches = {386: b"".join(slots[:4]), 482: bytes([bool(rest)]), 483: wide(real, 12)}
     fields.setdefault("size", len(data))
     head = header(name, kind=b"S", magic=GNU, patches=patches, **fields)  # type: ignore[arg-type]
     blocks = [
