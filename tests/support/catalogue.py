@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from tests.support.compressors import Compression
 
-VERSION = 2  # of the recipes below: a change of one makes the cached images stale
+VERSION = 3  # of the recipes below: a change of one makes the cached images stale
 SITE_BYTES = 300_000_000
 MANY_LAYERS = 45
 
@@ -78,6 +78,13 @@ def _debian(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
     layout.tag("debian", layout.add_image([packed], run=labels))
     layout.tag("debian-judge", layout.add_image([packed], run=labels))
     layout.tag("debian-zstd", layout.add_image([zstd], run=labels))
+    hello = {
+        **labels,
+        "Cmd": ["echo hello from $PWD as $(id -u)"],
+        "Entrypoint": ["/bin/sh", "-c"],
+        "WorkingDir": "/srv",
+    }
+    layout.tag("debian-hello", layout.add_image([packed], run=hello))
 
 
 def _site(catalogue: Catalogue, layout: Layout, scratch: Path) -> None:
