@@ -128,8 +128,8 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
 
         invoke.__doc__ = function.__doc__
         invoke.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        made: click.Command = click.command(name, **settings)(common_options(invoke))
-        return made
+        make: Callable[[Callable[..., Any]], click.Command] = click.command(name, **settings)
+        return make(common_options(invoke))
 
     return decorate
 

@@ -6,7 +6,10 @@ import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stowray.cli.context import Context
+    from stowray.pipeline.result import PullResult
 
 
 def verify_store(context: Context, references: tuple[str, ...], *, deep: bool, repair: bool) -> int:
@@ -41,13 +44,11 @@ def _pull_again(context: Context, references: tuple[tuple[str, str, bool], ...])
             options = PullOptions(
                 platform=Platform.parse(platform), policy="missing", unpack=unpacked
             )
-            statuses.append(
-                work.each(
-                    [reference],
-                    lambda text, cancelled, options=options: work.engine.pull(
-                        parse_source(text), options, cancelled
-                    ),
-                    lambda _result: None,
-                )
-            )
+
+            def pull(
+                text: str, cancelled: Callable[[], bool], options: PullOptions = options
+            ) -> PullResult:
+                return work.engine.pull(parse_source(text), options, cancelled)
+
+            statuses.append(work.each([reference], pull, lambda _result: None))
     return not any(statuses)
