@@ -243,13 +243,13 @@ def _end(session: Session) -> None:
     if not session.is_of_this_boot:
         # After a reboot, or from another container, the numbers name strangers.
         return
-    known = dict.fromkeys(session.processes)
+    members = dict.fromkeys(session.processes)
     if session.host.is_alive:
-        known |= dict.fromkeys(processes.descendants(session.host.pid))
+        members |= dict.fromkeys(processes.descendants(session.host.pid))
         session.host.send(signal.SIGTERM)
-        # It ends its Ray in order; what is left after that is ended one by one.
-        processes.wait_gone([session.host, *known], STOP_SECONDS)
-    left = processes.end([session.host, *known], grace_seconds=1.0)
+        # It ends its Ray in order, which takes a second or two.
+        processes.wait_gone([session.host], STOP_SECONDS)
+    left = processes.end([session.host, *members], grace_seconds=1.0)
     if left:
         numbers = ", ".join(str(process.pid) for process in left)
         raise NodeError("session", f"processes {numbers} do not end")

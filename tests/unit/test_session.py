@@ -1,0 +1,230 @@
+"""The session's state file: it is believed only while the processes that it names are there."""
+
+# ruff: noqa: TID251 - the ban on the actors is for pipeline/
+from __future__ import annotations
+
+import json
+import os
+import socket
+import stat
+import subprocess
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import pytest
+
+import stowray
+from stowray.actors import processes, session
+from stowray.actors.processes import Process
+from stowray.actors.session import Session
+from stowray.pipeline.clock import Boot
+from stowray.pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> subprocess.Popen[bytes]:
+        process = subprocess.Popen(["sleep", "600"])
+        started.append(process)
+        return process
+
+    yield begin
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    path = tmp_path / "store"
+    path.mkdir(0o700)
+    return path
+
+
+@pytest.fixture
+def settings(store: Path) -> Settings:
+    return Settings(store=str(store))
+
+
+def found(pid: int) -> Process:
+    process = Process.find(pid)
+    assert process is not None
+    return process
+
+
+def describe(store: Path, host: Process, *others: Process, address: str = "127.0.0.1:1") -> Session:
+    return Session(
+        address=address,
+        token_path=str(store / "gone" / "token"),
+        directory=str(store / "gone"),
+        store=str(store),
+        version=stowray.__version__,
+        protocol=session.PROTOCOL,
+        python=sys.executable,
+        boot_id=Boot.read().boot_id,
+        pid_namespace=processes.pid_namespace(),
+        created=1.0,
+        host=host,
+        processes=others,
+    )
+
+
+def test_what_is_written_is_found_again_and_private(store: Path, settings: Settings) -> None:
+    written = describe(store, Process.own(), Process(1, 2, "a (b) c"))
+    session.write_state(store, written)
+    path = session.state_path(store)
+    assert session.find_session(store) == written
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert session.is_warm(settings)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param(b"", id="empty"),
+        pytest.param(b"{", id="cut off"),
+        pytest.param(b"[]", id="another document"),
+        pytest.param(b'{"format": 2}', id="a later format"),
+        pytest.param(b'{"format": 1}', id="fields missing"),
+        pytest.param(b"[" * 200_000, id="nested too deep"),
+        pytest.param(b"\xff\xfe", id="not text"),
+    ],
+)
+def test_an_unreadable_state_is_no_session(store: Path, settings: Settings, text: bytes) -> None:
+    session.state_path(store).write_bytes(text)
+    assert session.find_session(store) is None
+    assert not session.is_warm(settings)
+    assert session.session_status(settings).state == "none"
+    assert not session.stop_session(settings)
+
+
+def test_a_planted_link_or_fifo_is_no_session(store: Path, tmp_path: Path) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.write_text(json.dumps(describe(store, Process.own()).to_dict()))
+    session.state_path(store).symlink_to(elsewhere)
+    assert session.find_session(store) is None
+    session.state_path(store).unlink()
+    os.mkfifo(session.state_path(store))
+    assert session.find_session(store) is None
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda known: replace(known, version="0.0.1"), id="another version"),
+        pytest.param(lambda known: replace(known, protocol=0), id="another protocol"),
+        pytest.param(lambda known: replace(known, python="/usr/bin/other"), id="another python"),
+        pytest.param(lambda known: replace(known, boot_id="before"), id="before a reboot"),
+        pytest.param(lambda known: replace(known, pid_namespace="pid:[1]"), id="a container's"),
+        pytest.param(
+            lambda known: replace(known, host=replace(known.host, start=known.host.start - 1)),
+            id="the number was given to another",
+        ),
+    ],
+)
+def test_what_does_not_fit_is_not_warm(
+    store: Path, settings: Settings, change: Callable[[Session], Session]
+) -> None:
+    session.write_state(store, change(describe(store, Process.own())))
+    assert session.find_session(store) is not None
+    assert not session.is_warm(settings)
+
+
+def test_status_tells_running_from_dead(
+    store: Path, settings: Settings, start: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    assert session.session_status(settings).state == "none"
+    host = start()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        address = f"127.0.0.1:{listener.getsockname()[1]}"
+        session.write_state(store, describe(store, found(host.pid), address=address))
+        assert session.session_status(settings).state == "running"
+    status = session.session_status(settings)
+    assert (status.state, status.detail) == ("dead", f"nothing answers at {address}")
+    host.kill()
+    host.wait()
+    status = session.session_status(settings)
+    assert status.state == "dead"
+    assert status.to_dict()["pid"] == host.pid
+    assert session.find_session(store) is not None, "status must touch nothing"
+
+
+def test_stop_ends_the_recorded_processes_and_no_others(
+    store: Path, settings: Settings, start: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    host, member, stranger = start(), start(), start()
+    ours = found(host.pid), found(member.pid)
+    # The number of a process that has ended may belong to somebody else by now.
+    reused = replace(found(stranger.pid), start=found(stranger.pid).start - 1)
+    session.write_state(store, describe(store, *ours, reused))
+    assert session.stop_session(settings)
+    assert not any(process.is_alive for process in ours)
+    assert stranger.poll() is None, "A STRANGER WAS ENDED"
+    assert session.session_status(settings).state == "none"
+    assert not session.stop_session(settings)
+
+
+def test_stop_ends_one_that_ignores_sigterm(
+    store: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "STOP_SECONDS", 0.2)
+    program = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as host:
+        assert host.stdout is not None
+        host.stdout.readline()
+        process = found(host.pid)
+        session.write_state(store, describe(store, process))
+        assert session.stop_session(settings)
+        assert not process.is_alive
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda known: replace(known, boot_id="before"), id="before a reboot"),
+        pytest.param(lambda known: replace(known, pid_namespace="pid:[1]"), id="a container's"),
+    ],
+)
+def test_stop_of_another_boots_session_signals_nobody(
+    store: Path,
+    settings: Settings,
+    start: Callable[[], subprocess.Popen[bytes]],
+    change: Callable[[Session], Session],
+) -> None:
+    bystander = start()
+    session.write_state(store, change(describe(store, found(bystander.pid))))
+    assert not session.stop_session(settings)
+    assert bystander.poll() is None, "A STRANGER WAS ENDED"
+    assert session.session_status(settings).state == "none"
+
+
+def test_a_session_that_ends_leaves_its_successors_state(store: Path) -> None:
+    successor = describe(store, Process.own())
+    session.write_state(store, successor)
+    session.remove_state(store, Process(1, 1))
+    assert session.find_session(store) == successor
+    session.remove_state(store, Process.own())
+    assert session.find_session(store) is None
+
+
+def test_asking_whether_a_session_is_warm_imports_no_ray(store: Path) -> None:
+    program = (
+        "import sys\n"
+        "from stowray.actors.session import is_warm\n"
+        "from stowray.pipeline.settings import Settings\n"
+        "assert not is_warm(Settings(store=sys.argv[1]))\n"
+        "print(*sorted({'ray', 'urllib3', 'msgpack', 'subprocess'} & set(sys.modules)))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(store)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == []
