@@ -325,9 +325,9 @@ def policy(settings: RegistrySettings) -> RetryPolicy:
     return RetryPolicy(attempts=settings.attempts, deadline_seconds=settings.deadline_seconds)
 
 
-def weight(error: UnavailableError) -> int:
+def weight(error: StowrayError) -> int:
     """Return for how many failures one counts: a host that is not there rarely appears soon."""
-    return 2 if error.code == "UNREACHABLE" else 1
+    return 2 if isinstance(error, UnavailableError) and error.code == "UNREACHABLE" else 1
 
 
 def _client(

@@ -1,0 +1,355 @@
+"""From a descriptor to a blob in the store.
+
+Invariant: one writer per blob; what others are writing is waited for and taken over when they die.
+A body goes on where the last one ended, from the same source or the next; not one byte beyond the
+descriptor's size is written; wrong bytes void the whole generation, get one fresh try, and are
+never committed. A cancelled fetch keeps what it has.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.errors import (
+    CancelledError,
+    ContentError,
+    DeadlineError,
+    NodeError,
+    NotFoundError,
+    RegistryError,
+    SizeMismatchError,
+    StowrayError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from stowray.pipeline.registry import never, policy, weight
+from stowray.pipeline.retry import Retries, wait
+from stowray.pipeline.settings import RegistrySettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from stowray.pipeline.descriptor import Descriptor
+    from stowray.pipeline.digest import Digest
+    from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.origin import BlobStream, Origin
+    from stowray.pipeline.progress import Report
+    from stowray.pipeline.source import Source
+    from stowray.pipeline.store import Store
+
+BUFFER_SIZE = 256 * 1024
+REPORT_EVERY = 1 << 20
+REPORT_SECONDS = 0.1
+TAKE_OVER_SECONDS = 0.1
+WRONG_LIMIT = 2
+SHORT_LIMIT = 1000
+# What one source may fail with while another one need not.
+SOURCE_ERRORS = (NotFoundError, UnauthorizedError, RegistryError, NodeError, DeadlineError)
+
+# Blobs that are the same everywhere: the empty JSON object of artifacts (image-spec, "guidance for
+# an empty descriptor"), and the gzipped empty tar that Docker puts where a layer has no content.
+KNOWN_BLOBS = {
+    "sha256:44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a": b"{}",
+    "sha256:a3ed95caeb02ffe68cdd9fd84406680ae93d633cb16422d00e8a7c22955b46d4": bytes.fromhex(
+        "1f8b080000096e8800ff621805a360148c5800080000ffff2eafb5ef00040000"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """How a blob came.
+
+    ``source`` is ``store`` when no source was asked; ``fetched_bytes`` counts all that was received
+    for it, also what had to be thrown away.
+    """
+
+    digest: Digest
+    source: str
+    fetched_bytes: int = 0
+    seconds: float = 0.0
+    retries: int = 0
+
+
+@dataclass(slots=True)
+class _Work:
+    """One fetch under way."""
+
+    reference: Source
+    descriptor: Descriptor
+    report: Report
+    cancelled: Callable[[], bool]
+    retries: Retries
+    origins: list[Origin]
+    source: str = ""
+    received: int = 0
+    reported: int = 0
+    reported_at: float = 0.0
+    wrong: int = 0
+    short: int = 0
+    opened: bool = False
+
+    def tell(self, status: str, current: int) -> None:
+        self.report("blob", str(self.descriptor.digest), status, current, self.descriptor.size)
+
+
+class Fetcher:
+    """Fetches blobs into one store from a list of origins; thread-safe.
+
+    Origins are tried in order: nearest first, the registry itself last.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        origins: Sequence[Origin],
+        settings: RegistrySettings | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+        uniform: Callable[[float, float], float] = random.uniform,
+    ) -> None:
+        self._store = store
+        self._origins = tuple(origins)
+        self._settings = settings or RegistrySettings()
+        self._clock = clock
+        self._uniform = uniform
+
+    def fetch(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        *,
+        report: Report,
+        cancelled: Callable[[], bool] = never,
+        origins: Sequence[Origin] | None = None,
+    ) -> Fetched:
+        """Bring the blob into the store and return how it came; idempotent.
+
+        ``origins`` replaces those of the fetcher for this blob.
+        """
+        begun = self._clock.monotonic()
+        digest = descriptor.digest
+        work = _Work(
+            reference,
+            descriptor,
+            report,
+            cancelled,
+            Retries(str(digest), policy(self._settings), clock=self._clock, uniform=self._uniform),
+            list(self._origins if origins is None else origins),
+        )
+        source = self._bring(work)
+        seconds = self._clock.monotonic() - begun
+        return Fetched(digest, source, work.received, seconds, work.retries.count)
+
+    def _bring(self, work: _Work) -> str:
+        descriptor = work.descriptor
+        work.tell("waiting", 0)
+        if self._store.has(descriptor.digest, descriptor.size):
+            work.tell("exists", descriptor.size)
+            return "store"
+        data = _known(descriptor)
+        if data is not None:
+            self._store.put_blob(descriptor.digest, data)
+            self._store.confirm(descriptor.digest, work.reference.name)
+            work.tell("done", descriptor.size)
+            return "store"
+        ingest = self._acquire(work)
+        with ingest:
+            if ingest.offset == descriptor.size and self._is_proven(ingest):
+                status = "exists"
+            else:
+                self._download(work, ingest)
+                status = "done"
+        self._store.confirm(descriptor.digest, work.reference.name)
+        work.tell(status, descriptor.size)
+        return work.source or "store"
+
+    def _acquire(self, work: _Work) -> Ingest:
+        """Become the blob's writer; while another one is at it, tell how far that one is."""
+        descriptor = work.descriptor
+        shown = -1
+        while True:
+            if work.cancelled():
+                raise CancelledError(str(descriptor.digest))
+            # With a writer that died the lock is free at once; with one that committed the
+            # ingest comes back complete.
+            ingest = self._store.acquire(descriptor.digest, descriptor.size)
+            if ingest is not None:
+                return ingest
+            progress = self._arrived(descriptor.digest)
+            if progress > shown:
+                shown = progress
+                work.tell("downloading" if progress else "waiting", progress)
+            wait(TAKE_OVER_SECONDS, self._clock, work.cancelled, str(descriptor.digest))
+
+    def _arrived(self, digest: Digest) -> int:
+        """Return how much of the blob its writer has exposed."""
+        from stowray.pipeline.ingeststate import IngestState
+
+        state = IngestState.follow(self._store.ingest_path(digest) / "state")
+        if state is None:
+            return 0
+        try:
+            return state.prefix
+        finally:
+            state.close()
+
+    def _is_proven(self, ingest: Ingest) -> bool:
+        """Commit what is complete already; False when its bytes are wrong and were dropped."""
+        try:
+            ingest.commit()
+        except ContentError:
+            return False
+        return True
+
+    # -- download ---------------------------------------------------------------------------------
+
+    def _download(self, work: _Work, ingest: Ingest) -> None:
+        if not work.origins:
+            raise NotFoundError(str(work.descriptor.digest), "any source")
+        work.tell("downloading", ingest.offset)
+        errors: dict[int, StowrayError] = {}
+        tired = 0
+        while True:
+            origin = work.origins[0]
+            start = ingest.offset
+            try:
+                self._take_part(work, ingest, origin)
+                if ingest.offset == work.descriptor.size:
+                    ingest.commit()
+                    return
+                self._count_short(work, ingest, start)
+                tired = 0
+            except CancelledError:
+                raise
+            except ContentError as error:
+                errors[id(origin)] = error
+                self._note_wrong(work, ingest, error)
+                tired = 0
+            except SOURCE_ERRORS as error:
+                errors[id(origin)] = error
+                work.retries.progressed(ingest.offset - start)
+                if ingest.offset > start:
+                    tired = 0
+                if error.retryable:
+                    tired += 1
+                    # Each source once without a wait, at the byte where the last one stopped.
+                    work.origins.append(work.origins.pop(0))
+                    if tired >= len(work.origins):
+                        tired = 0
+                        work.tell("retrying", ingest.offset)
+                        work.retries.pause(error, work.cancelled, weight=weight(error))
+                else:
+                    work.origins.pop(0)
+                if not work.origins:
+                    raise _weightiest(errors, self._origins, error) from None
+                work.tell("downloading", ingest.offset)
+
+    def _take_part(self, work: _Work, ingest: Ingest, origin: Origin) -> None:
+        """Append what one answer of one source brings."""
+        work.opened = False
+        with origin.open_blob(
+            work.reference, work.descriptor, ingest.offset, cancelled=work.cancelled
+        ) as stream:
+            work.source = stream.source
+            work.opened = True
+            self._copy(work, ingest, stream)
+
+    def _copy(self, work: _Work, ingest: Ingest, stream: BlobStream) -> None:
+        size = work.descriptor.size
+        buffer = memoryview(bytearray(BUFFER_SIZE))
+        read_into = _reader(stream)
+        skip = ingest.offset - stream.offset
+        if skip < 0:
+            raise UnavailableError(stream.source, 0, "RANGE", "answered a later part of the blob")
+        while ingest.offset < size:
+            if work.cancelled():
+                raise CancelledError(str(work.descriptor.digest))
+            limit = min(BUFFER_SIZE, skip or size - ingest.offset)
+            count = read_into(buffer[:limit])
+            if count == 0:
+                return
+            work.received += count
+            if skip:
+                # No ranges there: what is here already comes again, and is not looked at.
+                skip -= count
+                continue
+            ingest.write(buffer[:count])
+            self._tell_progress(work, ingest.offset)
+        self._expect_end(work, read_into, buffer)
+
+    def _expect_end(
+        self, work: _Work, read_into: Callable[[memoryview], int], buffer: memoryview
+    ) -> None:
+        """Raise SizeMismatchError if more comes; the last bytes of a body's framing are read."""
+        try:
+            surplus = read_into(buffer[:1])
+        except UnavailableError:
+            # Cut after its last byte: everything is here.
+            return
+        if surplus:
+            size = work.descriptor.size
+            raise SizeMismatchError(str(work.descriptor.digest), size, size + surplus)
+
+    def _tell_progress(self, work: _Work, offset: int) -> None:
+        now = self._clock.monotonic()
+        if offset - work.reported >= REPORT_EVERY or now - work.reported_at >= REPORT_SECONDS:
+            work.reported = offset
+            work.reported_at = now
+            work.tell("downloading", offset)
+
+    def _count_short(self, work: _Work, ingest: Ingest, start: int) -> None:
+        """Note an answer that ended properly before the blob did: legal for a 206."""
+        gained = ingest.offset - start
+        work.retries.progressed(gained)
+        work.short = work.short + 1 if gained < work.retries.policy.progress_size else 0
+        if gained == 0 or work.short > SHORT_LIMIT:
+            work.tell("retrying", ingest.offset)
+            error = UnavailableError(work.source, 0, "CUT", "the body ended early")
+            work.retries.pause(error, work.cancelled)
+
+    def _note_wrong(self, work: _Work, ingest: Ingest, error: ContentError) -> None:
+        """Void the generation; the next source, or this one once more, begins at the first byte."""
+        work.wrong += 1
+        work.retries.count += 1
+        if work.opened:
+            ingest.restart()
+        # Else the answer was refused by its headers, which say nothing against what is here.
+        if len(work.origins) > 1:
+            work.origins.pop(0)
+        elif work.wrong >= WRONG_LIMIT:
+            raise error
+        work.tell("retrying", ingest.offset)
+
+
+def _reader(stream: BlobStream) -> Callable[[memoryview], int]:
+    """Return what fills a buffer from ``stream``: its own way, or by way of bytes objects."""
+    own: Callable[[memoryview], int] | None = getattr(stream, "read_into", None)
+    if own is not None:
+        return own
+
+    def read_into(buffer: memoryview) -> int:
+        piece = stream.read(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    return read_into
+
+
+def _known(descriptor: Descriptor) -> bytes | None:
+    """Return the blob if no source is needed for it: well-known, empty, or in the descriptor."""
+    candidates = (KNOWN_BLOBS.get(descriptor.digest), descriptor.data, b"")
+    for data in candidates:
+        if data is not None and len(data) == descriptor.size and descriptor.digest.matches(data):
+            return data
+    return None
+
+
+def _weightiest(
+    errors: dict[int, StowrayError], origins: Sequence[Origin], last: StowrayError
+) -> StowrayError:
+    """Return the error of the registry itself, which says more than that of a mirror."""
+    return errors.get(id(origins[-1]), last) if origins else last
