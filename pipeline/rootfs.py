@@ -1,8 +1,7 @@
 """A flattened copy of an image's root filesystem.
 
-Invariant: the destination has the complete tree or does not bear the name: the tree is built beside
-it and renamed into place (a destination that cannot be renamed onto has ``.stowray-incomplete`` in
-it while it is filled). Nothing written to the result reaches the store, except with
+Invariant: modes, owners (as root), times, extended attributes, hard links, devices and holes are
+those of the image, and nothing written to the result reaches the store; except with
 ``link="hardlink"``: its files *are* those of the store, so that such a result is read-only.
 """
 
@@ -11,21 +10,18 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import secrets
 import stat
-from collections import OrderedDict
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.errors import StorageError, escape
-from stowray.pipeline.files import storage_error, translated
+from stowray.pipeline.files import storage_error
 from stowray.pipeline.kernel import FICLONE
-from stowray.pipeline.locks import try_lock
-from stowray.pipeline.removal import remove_tree
+from stowray.pipeline.open_directories import OpenDirectories
+from stowray.pipeline.tree_destination import building, check_destination
 from stowray.pipeline.tree_ops import (
     CREATE_FILE,
-    OPEN_DIRECTORY,
     name_path,
     process_umask,
     set_mode,
@@ -35,17 +31,17 @@ from stowray.pipeline.tree_ops import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable
     from pathlib import Path
 
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.overlay import ChainView, Node
     from stowray.pipeline.store import Store
 
+__all__ = ["Flattened", "Link", "check_destination", "flatten", "write_rootfs"]
+
 Link = Literal["auto", "reflink", "copy", "hardlink"]
 
-INCOMPLETE = ".stowray-incomplete"
-_DESCRIPTORS = 128
 # Up to here two calls through a buffer cost less than setting up a copy in the kernel.
 _SMALL = 128 << 10
 _CHUNK = 1 << 30
@@ -79,12 +75,6 @@ def write_rootfs(
         return flatten(view, destination, link, cancelled=cancelled)
 
 
-def check_destination(destination: Path) -> None:
-    """Raise StorageError unless a tree can be made at ``destination``: new or empty."""
-    with translated(destination, "make the tree"):
-        _check_free(destination)
-
-
 def flatten(
     view: ChainView,
     destination: Path,
@@ -99,142 +89,36 @@ def flatten(
     the file system cannot, ``copy`` copies, ``auto`` is the better of both for each file, and
     ``hardlink`` makes the store's own files appear, for a result that nobody writes to.
     """
-    with _building(destination) as directory:
-        copier = _Copier(view, directory, link, cancelled)
+    with building(destination) as root, OpenDirectories(root) as directories:
+        copier = _Copier(view, directories, link, cancelled)
         try:
             return copier.run()
         except OSError as error:
             place = destination / os.fsdecode(copier.current)
             raise storage_error(error, escape(os.fsencode(place)), "write the tree") from error
-        finally:
-            copier.close()
-
-
-@contextmanager
-def _building(destination: Path) -> Iterator[int]:
-    """Give the descriptor of an empty directory that becomes ``destination`` at a clean end."""
-    destination = destination.absolute()
-    with translated(destination, "make the tree"):
-        exists = _check_free(destination)
-    if exists and (os.path.ismount(destination) or not os.access(destination.parent, os.W_OK)):
-        with _building_inside(destination) as directory:
-            yield directory
-        return
-    stem = f".{destination.name}.stowray-"
-    _sweep(destination.parent, stem)
-    path = destination.parent / f"{stem}{secrets.token_hex(8)}"
-    with translated(path, "make the tree"):
-        path.mkdir(0o700)
-        directory = os.open(path, OPEN_DIRECTORY)
-    try:
-        # Locked, so that a later run can tell a leftover from one that is being built.
-        try_lock(directory)
-        with translated(path, "make the tree"):
-            _forget_inheritance(directory)
-        yield directory
-        with translated(destination, "put the tree in place"):
-            os.rename(path, destination)
-    except BaseException:
-        remove_tree(path)
-        raise
-    finally:
-        os.close(directory)
-
-
-@contextmanager
-def _building_inside(destination: Path) -> Iterator[int]:
-    marker = destination / INCOMPLETE
-    with translated(destination, "make the tree"):
-        marker.touch(0o600)
-        directory = os.open(destination, OPEN_DIRECTORY)
-    try:
-        yield directory
-        with translated(marker, "finish the tree"):
-            # Removing the marker changes the root's own times.
-            status = os.fstat(directory)
-            marker.unlink()
-            os.utime(directory, ns=(status.st_atime_ns, status.st_mtime_ns))
-    except BaseException:
-        for name in os.listdir(directory):
-            if name != INCOMPLETE:
-                remove_tree(destination / name)
-        marker.unlink(missing_ok=True)
-        raise
-    finally:
-        os.close(directory)
-
-
-def _check_free(destination: Path) -> bool:
-    """Return whether ``destination`` exists; it must be an empty directory then."""
-    try:
-        names = os.listdir(destination)
-    except FileNotFoundError:
-        if destination.is_symlink():
-            raise StorageError(str(destination), "is a dangling symbolic link") from None
-        if not destination.parent.is_dir():
-            raise StorageError(str(destination.parent), "no such directory") from None
-        return False
-    except NotADirectoryError:
-        raise StorageError(str(destination), "exists and is no directory") from None
-    if INCOMPLETE in names:
-        raise StorageError(str(destination), "holds a tree that was not finished: empty it first")
-    if names:
-        raise StorageError(str(destination), "is not empty: name an empty or a new directory")
-    if destination.is_symlink():
-        raise StorageError(str(destination), "is a symbolic link: name the directory itself")
-    return True
-
-
-def _sweep(parent: Path, stem: str) -> None:
-    """Remove what killed runs for the same destination left behind."""
-    with translated(parent, "make the tree"):
-        names = [name for name in os.listdir(parent) if name.startswith(stem)]
-    for name in names:
-        try:
-            descriptor = os.open(parent / name, OPEN_DIRECTORY)
-        except OSError:
-            # Gone meanwhile, or somebody else's file of that name.
-            continue
-        try:
-            if try_lock(descriptor):
-                remove_tree(parent / name)
-        finally:
-            os.close(descriptor)
-
-
-def _forget_inheritance(directory: int) -> None:
-    # A set-group-ID parent or its default ACL must not leave traces in the tree.
-    os.fchmod(directory, 0o700)
-    try:
-        os.removexattr(directory, "system.posix_acl_default")
-    except OSError as error:
-        if error.errno not in {errno.ENODATA, *_NO_XATTR}:
-            raise
 
 
 class _Copier:
     """One walk over the merged tree; ``current`` is the path at work, for messages."""
 
     def __init__(
-        self, view: ChainView, root: int, link: Link, cancelled: Callable[[], bool] | None
+        self,
+        view: ChainView,
+        directories: OpenDirectories,
+        link: Link,
+        cancelled: Callable[[], bool] | None,
     ) -> None:
         self._view = view
-        self._root = root
+        self._directories = directories
         self._link = link
         self._cancelled = cancelled
         self._clones = link in ("auto", "reflink")
         self._identity = (os.geteuid(), os.getegid())
         self._may_chown = self._identity[0] == 0
         self._umask = process_umask() | 0o7000
-        self._open: OrderedDict[bytes, int] = OrderedDict()
         self._names: dict[tuple[int, int], bytes] = {}
         self.result = Flattened()
         self.current = b""
-
-    def close(self) -> None:
-        for descriptor in self._open.values():
-            os.close(descriptor)
-        self._open.clear()
 
     def run(self) -> Flattened:
         directories: list[Node] = []
@@ -246,7 +130,7 @@ class _Copier:
                 continue
             above, _, name = node.path.rpartition(b"/")
             # Looked up for each name: linking to another directory may have closed this one.
-            parent = self._directory(above)
+            parent = self._directories.get(above)
             self.result.entries += 1
             if node.is_file:
                 self._file(node, parent, name)
@@ -268,38 +152,16 @@ class _Copier:
 
             raise CancelledError("rootfs")
 
-    def _directory(self, path: bytes) -> int:
-        """Return the descriptor of a destination directory, from the cache or by walking down."""
-        if not path:
-            return self._root
-        descriptor = self._open.get(path)
-        if descriptor is not None:
-            self._open.move_to_end(path)
-            return descriptor
-        missing = [path]
-        while missing[-1] and missing[-1] not in self._open:
-            missing.append(missing[-1].rpartition(b"/")[0])
-        base = missing.pop()
-        descriptor = self._open[base] if base else self._root
-        while missing:
-            path = missing.pop()
-            descriptor = os.open(path.rpartition(b"/")[2], OPEN_DIRECTORY, dir_fd=descriptor)
-            self._open[path] = descriptor
-            # The newest stays: it is the parent of the next step or the answer.
-            if len(self._open) > _DESCRIPTORS:
-                os.close(self._open.popitem(last=False)[1])
-        return descriptor
-
     def _linked(self, node: Node, name: bytes) -> bool:
         """Make ``name`` a hard link when another name of the inode was made already."""
         first = self._names.setdefault(node.inode, node.path)
         if first == node.path:
             return False
         directory, _, base = first.rpartition(b"/")
-        source = os.dup(self._directory(directory))
+        source = os.dup(self._directories.get(directory))
         try:
             # Never follow: linkat() on a symlink would make a name for a file outside (H06).
-            target = self._directory(node.path.rpartition(b"/")[0])
+            target = self._directories.get(node.path.rpartition(b"/")[0])
             os.link(base, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
         finally:
             os.close(source)
@@ -345,7 +207,7 @@ class _Copier:
                 self.result.size += size
                 self._contents(source, target, size)
             if self._may_chown and (node.uid, node.gid) != self._identity:
-                os.fchown(target, node.uid, node.gid)
+                self._chown(node, target)
             if not self._view.privileged or os.listxattr(source):
                 self._xattrs(node, target)
             if not exact:
@@ -391,11 +253,23 @@ class _Copier:
                 self._names.pop(node.inode, None)
                 return
         if self._may_chown and (node.uid, node.gid) != self._identity:
-            set_owner(parent, name, node.uid, node.gid)
+            self._chown(node, parent, name)
         self._xattrs(node, name_path(parent, name))
         if not node.is_symlink:
             set_mode(parent, name, node.mode)
         set_times(parent, name, node.mtime_ns)
+
+    def _chown(self, node: Node, descriptor: int, name: bytes | None = None) -> None:
+        try:
+            if name is None:
+                os.fchown(descriptor, node.uid, node.gid)
+            else:
+                set_owner(descriptor, name, node.uid, node.gid)
+        except OSError as error:
+            # Root of a user namespace can give files only to the IDs that are mapped there.
+            if self._view.privileged or error.errno not in {errno.EPERM, errno.EINVAL}:
+                raise
+            self.result.skipped.append(f"{escape(node.path)}: owner {node.uid}:{node.gid}")
 
     def _xattrs(self, node: Node, target: int | bytes) -> None:
         for key, error in set_xattrs(target, self._view.xattrs(node)):
@@ -404,9 +278,9 @@ class _Copier:
             self.result.skipped.append(f"{escape(node.path)}: {escape(key)}")
 
     def _finish_directory(self, node: Node) -> None:
-        descriptor = self._directory(node.path)
+        descriptor = self._directories.get(node.path)
         if self._may_chown:
-            os.fchown(descriptor, node.uid, node.gid)
+            self._chown(node, descriptor)
         self._xattrs(node, descriptor)
         os.fchmod(descriptor, node.mode)
         os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
