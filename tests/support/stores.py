@@ -15,10 +15,11 @@ from stowray.pipeline.clock import Boot
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.records import ReferenceRecord
-from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
+
+    from stowray.pipeline.store import Store
 
 ROOT = Path(__file__).parents[2]
 FIRST_BOOT = Boot("00000000-0000-4000-8000-000000000001", "host-a")

@@ -323,7 +323,9 @@ def test_a_crash_at_any_step_of_a_commit_leaves_all_or_nothing(
     path = workspace / "store"
     run_killed(WRITE, path, digest, 10_000, 5, 10_000, failpoint=failpoint)
     visible = check_blobs(path)
-    assert visible == (set() if failpoint in ("ingest-proven", "ingest-before-rename") else {digest})
+    assert visible == (
+        set() if failpoint in ("ingest-proven", "ingest-before-rename") else {digest}
+    )
     with Store.open(path) as store:
         with take(store, digest, 10_000) as ingest:
             assert ingest.offset == 10_000  # nothing is fetched twice
@@ -447,7 +449,7 @@ class TestFullDisk:
             with filler.open("wb", buffering=0) as file, pytest.raises(OSError):
                 while True:
                     file.write(bytes(64 << 10))
-            with pytest.raises(StorageError, match=rf"still needs: the disk is full") as caught:
+            with pytest.raises(StorageError, match=r"still needs: the disk is full") as caught:
                 while True:
                     ingest.write(data[ingest.offset : ingest.offset + (64 << 10)])
             assert f"({MIB} bytes)" in str(caught.value)
