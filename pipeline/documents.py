@@ -26,6 +26,8 @@ CONFIG_LIMIT: Final = 4 * 1024 * 1024
 INDEX_DEPTH_LIMIT: Final = 8
 INDEX_ENTRIES_LIMIT: Final = 1000
 LAYERS_LIMIT: Final = 1000
+# The list of a layout is no index of one image but of all that were put there.
+LAYOUT_ENTRIES_LIMIT: Final = 100_000
 
 _INDEX: Final = "index"
 _MANIFEST: Final = "manifest"
@@ -68,6 +70,16 @@ def parse_document(body: bytes, media_type: str, digest: Digest | str) -> Index 
         return _index(fields, own_type) if kind == _INDEX else _manifest(fields, own_type)
     except JSONError as error:
         raise ManifestError(str(digest), str(error)) from None
+
+
+def parse_layout_index(body: bytes, where: str) -> tuple[Descriptor, ...]:
+    """Return the entries of a layout's ``index.json``, which may list many images."""
+    try:
+        fields = strict_json.parse_object(body)
+        _, own_type = _classify(fields, media_types.OCI_INDEX)
+        return _index(fields, own_type, LAYOUT_ENTRIES_LIMIT).manifests
+    except JSONError as error:
+        raise ManifestError(where, str(error)) from None
 
 
 def parse_config(body: bytes, digest: Digest | str) -> ImageConfig:
@@ -216,10 +228,10 @@ def _own_type(fields: dict[str, Any], named: str, served_as: str, kind: str) -> 
     return media_types.OCI_INDEX if kind == _INDEX else media_types.OCI_MANIFEST
 
 
-def _index(fields: dict[str, Any], media_type: str) -> Index:
+def _index(fields: dict[str, Any], media_type: str, limit: int = INDEX_ENTRIES_LIMIT) -> Index:
     entries = _required_array(fields, "manifests")
-    if len(entries) > INDEX_ENTRIES_LIMIT:
-        raise JSONError(f"an index with more than {INDEX_ENTRIES_LIMIT} entries")
+    if len(entries) > limit:
+        raise JSONError(f"an index with more than {limit} entries")
     _subject(fields)
     manifests: list[Descriptor] = []
     unsupported: list[str] = []

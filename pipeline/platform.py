@@ -160,6 +160,18 @@ class Platform:
             "os_features": list(self.os_features),
         }
 
+    def to_document(self) -> dict[str, Any]:
+        """Return the platform as OCI documents write it: with dots, and only what is set."""
+        fields = {
+            "architecture": self.architecture,
+            "os": self.os,
+            "os.version": self.os_version,
+            "os.features": list(self.os_features),
+            "variant": self.variant,
+        }
+        required = ("architecture", "os")
+        return {key: value for key, value in fields.items() if value or key in required}
+
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Platform:
         """Return the platform that ``to_dict`` described."""
