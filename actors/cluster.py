@@ -12,7 +12,7 @@ import contextlib
 import sys
 import threading
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import ray
 import ray.exceptions
@@ -30,7 +30,7 @@ from stowray.pipeline.errors import (
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from ray.actor import ActorProxy
+    from ray.actor import ActorClass, ActorProxy
 
     from stowray.actors.fetcher import FetchActor
     from stowray.actors.node import NodeActor
@@ -58,15 +58,14 @@ class Placement:
     name: str = ""
     restarts: int = 0
 
-    def options(self, **groups: int) -> dict[str, Any]:
-        """Return the options of an actor with these concurrency groups."""
+    def options(self) -> dict[str, Any]:
+        """Return the options of an actor at this place."""
         options: dict[str, Any] = {
             # A node without a free processor is served too; what an actor uses is mostly I/O.
             "num_cpus": 0,
             # Calls are idempotent and repeated by whoever made them; Ray repeats nothing.
             "max_restarts": self.restarts,
             "max_task_retries": 0,
-            "concurrency_groups": groups,
             "scheduling_strategy": NodeAffinitySchedulingStrategy(self.node_id, soft=False),
         }
         if self.name:
@@ -83,16 +82,16 @@ def start_resolver(placement: Placement, store: str) -> ActorProxy[ResolverActor
     """Start the resolver of a run or session."""
     from stowray.actors.resolver import ResolverActor
 
-    options = placement.options(work=32, control=2)
-    return ray.remote(ResolverActor).options(**options).remote(store)
+    remote = _remote(ResolverActor, work=32, control=2)
+    return remote.options(**placement.options()).remote(store)
 
 
 def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
     """Start the progress actor of a run or session."""
     from stowray.actors.progress import ProgressActor
 
-    options = placement.options(notes=2, watchers=64)
-    return ray.remote(ProgressActor).options(**options).remote()
+    remote = _remote(ProgressActor, notes=2, watchers=64)
+    return remote.options(**placement.options()).remote()
 
 
 def start_node(
@@ -101,24 +100,24 @@ def start_node(
     """Start the actor that owns the store of one node; ``stays``: beyond the run, in a session."""
     from stowray.actors.node import NodeActor
 
-    options = placement.options(pulls=64, notes=2, control=4)
-    return ray.remote(NodeActor).options(**options).remote(store, node, unpackers, stays)
+    remote = _remote(NodeActor, pulls=64, notes=2, control=4)
+    return remote.options(**placement.options()).remote(store, node, unpackers, stays)
 
 
 def start_fetcher(node_id: str, store: str) -> ActorProxy[FetchActor]:
     """Start a fetcher on a node."""
     from stowray.actors.fetcher import FetchActor
 
-    options = Placement(node_id).options(work=64, control=2)
-    return ray.remote(FetchActor).options(**options).remote(store)
+    remote = _remote(FetchActor, work=64, control=2)
+    return remote.options(**Placement(node_id).options()).remote(store)
 
 
 def start_unpacker(node_id: str) -> ActorProxy[UnpackActor]:
     """Start an unpacker on a node."""
     from stowray.actors.unpacker import UnpackActor
 
-    options = Placement(node_id).options(work=16, control=2)
-    return ray.remote(UnpackActor).options(**options).remote()
+    remote = _remote(UnpackActor, work=16, control=2)
+    return remote.options(**Placement(node_id).options()).remote()
 
 
 def ask_by_value(function: Callable[[], Value], node_id: str) -> ray.ObjectRef[Value]:
@@ -243,6 +242,12 @@ def alive_nodes(seconds: float = NODES_SECONDS) -> list[dict[str, Any]]:
     if not answers:
         raise DeadlineError("asking the head of the Ray cluster for its nodes", seconds)
     return [node for node in answers[0] if node["Alive"]]
+
+
+def _remote(actor: type[Value], **groups: int) -> ActorClass[Value]:
+    # `.options()` takes no concurrency groups, and the stubs know no decorator that does.
+    remote = cast("Any", ray.remote)
+    return cast("ActorClass[Value]", remote(concurrency_groups=groups)(actor))
 
 
 def _one_line(error: BaseException) -> str:

@@ -93,6 +93,8 @@ class RayEngine(LocalEngine):
     ) -> PullResult:
         """Bring ``source`` into the store; see :meth:`LocalEngine.pull`."""
         with self._reported(source):
+            entered = time.perf_counter()
+            self._connected()
             begun = time.perf_counter()
             report = self.progress.reporter(source.canonical)
             report("resolve", source.canonical, "resolving")
@@ -104,8 +106,7 @@ class RayEngine(LocalEngine):
         return replace(
             result,
             manifest_requests=reply["requests"],
-            seconds=result.seconds
-            | {"resolve": seconds, "total": result.seconds["total"] + seconds},
+            seconds=result.seconds | {"resolve": seconds, "total": time.perf_counter() - entered},
         )
 
     def pull_image(
