@@ -1,0 +1,344 @@
+"""Whether what the store holds is still what it was proven to be.
+
+Invariant: every byte that a digest covers is hashed again from the disk, and with ``deep`` every
+tree is compared with one made anew from its blob; nothing is changed unless ``repair`` is set, and
+then damage is only put aside, so that a pull makes it anew from the source.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from stowray.pipeline.digest import HEX_LENGTHS, Digest
+from stowray.pipeline.errors import (
+    CancelledError,
+    InvalidDigestError,
+    LayerError,
+    NotFoundError,
+    StorageError,
+    escape,
+)
+from stowray.pipeline.files import open_regular, translated
+from stowray.pipeline.recordfile import read_record_file
+from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.tree_compare import compare_trees
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Iterator, Sequence
+    from contextlib import AbstractContextManager
+    from pathlib import Path
+
+    from stowray.pipeline.records import ReferenceRecord
+    from stowray.pipeline.snapshot import Snapshot
+    from stowray.pipeline.store import Store
+
+_READ_SIZE = 1 << 20
+# Of one tree that many differing paths are named, and the rest counted.
+_MOST_PATHS = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Damage:
+    """One thing that is not as it should be; ``digest`` is a blob's, or a snapshot's chain ID."""
+
+    kind: str
+    digest: str
+    path: str
+    reason: str
+
+    def to_dict(self) -> dict[str, str]:
+        """Return the damage as an object of the report."""
+        return {
+            "kind": self.kind,
+            "digest": self.digest,
+            "path": self.path,
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What was checked and what was found.
+
+    ``references`` are the images that the damage concerns, ``(reference, platform, unpacked)``: a
+    pull of each makes the store whole after a repair. ``repaired`` is None when none was tried.
+    """
+
+    blobs: int
+    size: int
+    trees: int
+    damaged: tuple[Damage, ...]
+    references: tuple[tuple[str, str, bool], ...]
+    repaired: bool | None = None
+
+    def with_repair(self, mended: bool) -> Report:
+        """Return the report after everything concerned was pulled again, or was not."""
+        return replace(self, repaired=mended)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as one JSON object."""
+        return {
+            "blobs": self.blobs,
+            "size": self.size,
+            "trees": self.trees,
+            "damaged": [damage.to_dict() for damage in self.damaged],
+            "references": sorted({reference for reference, _, _ in self.references}),
+            "repaired": self.repaired,
+        }
+
+    def text(self) -> str:
+        """Return the report for people: a line per damage and a last one that sums up."""
+        lines = [
+            f"damaged {damage.kind} {damage.digest} {damage.path}: {damage.reason}"
+            for damage in self.damaged
+        ]
+        checked = f"{self.blobs} blobs ({self.size} bytes)"
+        if self.trees:
+            checked += f", {self.trees} trees"
+        if not self.damaged:
+            return "\n".join([*lines, f"{checked}: no damage"])
+        outcome = {
+            None: "run again with --repair to mend it",
+            True: "mended",
+            False: "put aside, but not all could be pulled again",
+        }[self.repaired]
+        return "\n".join([*lines, f"{checked}: {len(self.damaged)} damaged; {outcome}"])
+
+
+def verify(
+    store: Store,
+    references: Sequence[str] | None = None,
+    deep: bool = False,
+    repair: bool = False,
+    *,
+    cancelled: Callable[[], bool] | None = None,
+) -> Report:
+    """Check the blobs of the named images (canonical references), or of the whole store.
+
+    With ``deep`` the snapshots too; with ``repair`` what is damaged is put aside. Raises
+    NotFoundError for a reference that is not here.
+    """
+    records = _records(store, references)
+    with store.lease(
+        "verify",
+        digests={digest for record in records for digest in record.digests},
+        chain_ids={record.chain_id for record in records if record.chain_id},
+    ):
+        check = _Check(store, cancelled or (lambda: False))
+        check.blobs(records, everything=references is None)
+        if references is None:
+            check.records()
+        if deep:
+            check.trees(records, everything=references is None)
+        if repair:
+            check.put_aside()
+        return check.report(records)
+
+
+def _records(store: Store, references: Sequence[str] | None) -> list[ReferenceRecord]:
+    records = store.references()
+    if references is None:
+        return records
+    for name in references:
+        if all(record.reference != name for record in records):
+            raise NotFoundError(name, str(store.path))
+    return [record for record in records if record.reference in references]
+
+
+class _Check:
+    def __init__(self, store: Store, cancelled: Callable[[], bool]) -> None:
+        self._store = store
+        self._cancelled = cancelled
+        self._snapshots = Snapshots(store)
+        self._damaged: list[Damage] = []
+        self._bad_blobs: set[str] = set()
+        self._bad_chains: set[str] = set()
+        self._bad_layers: set[str] = set()
+        self._bad_records: list[Path] = []
+        self._counts = {"blobs": 0, "size": 0, "trees": 0}
+        self._parents = {link.chain_id: link.parent for link in self._snapshots.all()}
+
+    def report(self, records: Iterable[ReferenceRecord]) -> Report:
+        concerned = tuple(
+            (record.reference, record.platform, record.unpacked)
+            for record in records
+            if self._bad_blobs.intersection(record.digests)
+            or self._bad_chains.intersection(self._chain_ids(record))
+        )
+        return Report(
+            self._counts["blobs"],
+            self._counts["size"],
+            self._counts["trees"],
+            tuple(self._damaged),
+            concerned,
+        )
+
+    def blobs(self, records: Iterable[ReferenceRecord], *, everything: bool) -> None:
+        """Hash the blobs that the records name; with ``everything`` all that are there."""
+        wanted = {digest for record in records for digest in record.digests}
+        for digest in sorted(wanted | (self._present() if everything else set())):
+            self._check_cancelled()
+            reason = self._blob(digest, needed=digest in wanted)
+            if reason:
+                self._bad_blobs.add(digest)
+                path = str(self._store.blob_path(digest))
+                self._damaged.append(Damage("blob", digest, path, reason))
+
+    def records(self) -> None:
+        """Name the records that no longer prove themselves whole."""
+        for folder in ("refs", "snapshots", "sources"):
+            for path in sorted((self._store.path / folder).rglob("[!.]*")):
+                if path.is_dir() and not path.is_symlink():
+                    continue
+                try:
+                    whole = read_record_file(path) is not None
+                except StorageError:
+                    whole = False
+                # It may have been removed since it was listed.
+                if not whole and os.path.lexists(path):
+                    self._bad_records.append(path)
+                    self._damaged.append(Damage("record", "", str(path), "is damaged"))
+
+    def trees(self, records: Iterable[ReferenceRecord], *, everything: bool) -> None:
+        """Compare the trees of the records' chains, or of all snapshots, from the base up."""
+        chains: dict[Digest, Snapshot] = {}
+        for record in records:
+            if not record.unpacked:
+                continue
+            try:
+                links = self._snapshots.chain(Digest(record.chain_id)) if record.chain_id else ()
+            except NotFoundError:
+                # Not unpacked by this user, or unproven since a reboot: it counts as absent, and
+                # the next pull makes it anew.
+                continue
+            chains.update((link.chain_id, link) for link in links)
+        if everything:
+            for snapshot in self._snapshots.all():
+                if self._snapshots.has(snapshot.chain_id):
+                    links = self._snapshots.chain(snapshot.chain_id)
+                    chains.update((link.chain_id, link) for link in links)
+        done: set[str] = set()
+        for link in chains.values():
+            if link.layer in self._bad_layers:
+                self._bad_chains.add(link.chain_id)
+            elif link.layer not in done and link.blob not in self._bad_blobs:
+                done.add(link.layer)
+                self._check_cancelled()
+                self._tree(link)
+
+    def put_aside(self) -> None:
+        """Quarantine bad blobs; drop bad trees and what was made on top of them."""
+        for digest in sorted(self._bad_blobs):
+            self._store.quarantine(Digest(digest))
+        # What a layer took from a damaged one below (a copied-up file, a directory's attributes) is
+        # part of its own tree now, so that trees settled above go too.
+        for snapshot in self._snapshots.all():
+            if self._depends(snapshot):
+                self._bad_layers.add(snapshot.layer)
+        for layer in sorted(self._bad_layers):
+            self._bad_chains.update(self._snapshots.discard(layer))
+        for path in self._bad_records:
+            aside = self._store.path / "quarantine" / f"record-{secrets.token_hex(8)}"
+            with translated(path, "put a damaged record aside"), suppress(FileNotFoundError):
+                path.rename(aside)
+
+    def _depends(self, snapshot: Snapshot) -> bool:
+        if snapshot.layer == self._snapshots.trees.alone(snapshot.diff_id):
+            return False
+        try:
+            links = self._snapshots.chain(snapshot.chain_id)
+        except NotFoundError:
+            return False
+        return any(link.layer in self._bad_layers for link in links)
+
+    def _blob(self, digest: Digest, *, needed: bool) -> str:
+        """Return what is wrong with a blob; empty if nothing is."""
+        path = self._store.blob_path(digest)
+        try:
+            descriptor = open_regular(path)
+        except FileNotFoundError:
+            return "is missing" if needed else ""
+        except (OSError, StorageError) as error:
+            return f"cannot be opened: {error}"
+        try:
+            hasher, size = digest.hasher(), 0
+            try:
+                # What counts is what the disk gives back, not what memory still has of it.
+                os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+                while data := os.pread(descriptor, _READ_SIZE, size):
+                    hasher.update(data)
+                    size += len(data)
+                    self._check_cancelled()
+            except OSError as error:
+                return f"cannot be read: {error.strerror}"
+        finally:
+            os.close(descriptor)
+        self._counts["blobs"] += 1
+        self._counts["size"] += size
+        actual = f"{digest.algorithm}:{hasher.hexdigest()}"
+        return "" if actual == digest else f"has the digest {actual}"
+
+    def _tree(self, snapshot: Snapshot) -> None:
+        self._counts["trees"] += 1
+        tree = self._snapshots.trees.tree(snapshot.layer)
+        more = 0
+        try:
+            with self._snapshots.rebuilt(snapshot, self._open_read(snapshot.blob)) as fresh:
+                for number, (path, reason) in enumerate(compare_trees(fresh, tree)):
+                    if number < _MOST_PATHS:
+                        self._tree_damage(snapshot, f"{tree}/{escape(path)}", reason)
+                    else:
+                        more += 1
+        except NotFoundError:
+            # The blob is not kept here (any more): there is nothing to compare with.
+            self._counts["trees"] -= 1
+            return
+        except LayerError as error:
+            self._tree_damage(snapshot, str(tree), f"cannot be made anew: {error}")
+        if more:
+            self._tree_damage(snapshot, str(tree), f"and {more} more paths differ")
+
+    def _tree_damage(self, snapshot: Snapshot, path: str, reason: str) -> None:
+        self._bad_layers.add(snapshot.layer)
+        self._bad_chains.add(snapshot.chain_id)
+        self._damaged.append(Damage("tree", snapshot.chain_id, path, reason))
+
+    def _open_read(self, blob: Digest) -> Callable[[], AbstractContextManager[Callable[[], bytes]]]:
+        @contextmanager
+        def open_read() -> Iterator[Callable[[], bytes]]:
+            descriptor = self._store.open_blob(blob)
+            try:
+                yield lambda: os.read(descriptor, _READ_SIZE)
+            finally:
+                os.close(descriptor)
+
+        return open_read
+
+    def _present(self) -> set[Digest]:
+        found: set[Digest] = set()
+        for algorithm in HEX_LENGTHS:
+            directory = self._store.path / "blobs" / algorithm
+            with translated(directory, "list the blobs"):
+                names = os.listdir(directory)
+            for name in names:
+                try:
+                    found.add(Digest(f"{algorithm}:{name}"))
+                except InvalidDigestError:
+                    # Not a blob's name: put there by something else, and used by nobody.
+                    continue
+        return found
+
+    def _chain_ids(self, record: ReferenceRecord) -> Iterator[str]:
+        """Yield the chain IDs of an image, as far as its snapshots could be read."""
+        current = Digest(record.chain_id) if record.chain_id else None
+        while current is not None:
+            yield current
+            current = self._parents.get(current)
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled():
+            raise CancelledError("verify")
