@@ -45,11 +45,15 @@ class _Task:
 class _Worker:
     """The owner's side of one worker process."""
 
-    def __init__(self, number: int, *, fork: bool) -> None:
+    def __init__(self, number: int, *, fork_beside: list[socket.socket] | None = None) -> None:
+        """Start the process: by exec, or by a fork that drops the sockets of its siblings."""
         self.number = number
         ours, theirs = socket.socketpair()
         self.connection = ours
-        self.pid = _start_by_fork(ours, theirs) if fork else _start_by_exec(theirs)
+        if fork_beside is None:
+            self.pid = _start_by_exec(theirs)
+        else:
+            self.pid = _start_by_fork([*fork_beside, ours], theirs)
         theirs.close()
         self._send_lock = threading.Lock()
 
@@ -83,6 +87,8 @@ class _Worker:
 
     def end(self) -> None:
         """Close the connection, upon which the process ends, and reap it."""
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_RDWR)
         self.connection.close()
         deadline = time.monotonic() + END_SECONDS
         while True:
@@ -134,7 +140,8 @@ class WorkerPool:
         """
         if self._fork and threading.active_count() == 1:
             for number in range(self.size):
-                self._workers[number] = _Worker(number, fork=True)
+                siblings = [worker.connection for worker in self._workers.values()]
+                self._workers[number] = _Worker(number, fork_beside=siblings)
 
     def submit(
         self,
@@ -189,7 +196,7 @@ class WorkerPool:
         try:
             worker = self._workers.get(number)
             if worker is None:
-                worker = self._workers[number] = _Worker(number, fork=False)
+                worker = self._workers[number] = _Worker(number)
             result = worker.run(next(self._identities), task)
         except NodeError as error:
             dead = self._workers.pop(number, None)
@@ -217,13 +224,15 @@ def _start_by_exec(theirs: socket.socket) -> int:
     )
 
 
-def _start_by_fork(ours: socket.socket, theirs: socket.socket) -> int:
+def _start_by_fork(others: list[socket.socket], theirs: socket.socket) -> int:
     pid = os.fork()
     if pid:
         return pid
     status = 1
     try:
-        ours.close()
+        # The owner's ends: a copy kept open here would hide the owner's death from a sibling.
+        for connection in others:
+            connection.close()
         from stowray.pipeline.stage_worker import serve
 
         serve(theirs)

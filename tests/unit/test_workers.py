@@ -3,10 +3,12 @@ from __future__ import annotations
 import io
 import os
 import signal
+import subprocess
+import sys
 import tarfile
 import threading
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,9 +16,6 @@ from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import CancelledError, DigestMismatchError, NodeError, UsageError
 from stowray.pipeline.store import Store
 from stowray.pipeline.workers import WorkerPool
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def make_tar(files: dict[str, bytes]) -> bytes:
@@ -172,3 +171,38 @@ def test_progress_arrives(store: Store) -> None:
         pool.close()
     assert seen
     assert all(total == len(tar) and 0 < current <= total for current, total in seen)
+
+
+@pytest.mark.parametrize("fork", [False, True])
+def test_all_workers_of_a_killed_owner_end(tmp_path: Path, fork: bool) -> None:
+    script = f"""
+import os, sys, time
+from stowray.pipeline.workers import WorkerPool, _Worker
+pool = WorkerPool(3, fork={fork})
+pool.start_early()
+if not {fork}:
+    for number in range(3):
+        pool._workers[number] = _Worker(number)
+print(*[worker.pid for worker in pool._workers.values()], flush=True)
+time.sleep(600)
+"""
+    owner = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert owner.stdout is not None
+    pids = [int(text) for text in owner.stdout.readline().split()]
+    assert len(pids) == 3
+    owner.kill()
+    owner.wait()
+    owner.stdout.close()
+    left = set(pids)
+    give_up = time.monotonic() + 60
+    while left and time.monotonic() < give_up:
+        left = {pid for pid in left if is_alive(pid)}
+        time.sleep(0.01)
+    assert not left
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
