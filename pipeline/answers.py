@@ -35,7 +35,7 @@ _TAGS = re.compile(r"<(?:script|style)\b.*?</(?:script|style)>|<[^>]*>", re.DOTA
 _XML_CODE = re.compile(r"<Code>([A-Za-z0-9_.-]{1,64})</Code>")
 _RANGE = re.compile(r"bytes ([0-9]{1,18})-([0-9]{1,18})/([0-9]{1,18}|\*)", re.ASCII)
 _UNSATISFIED = re.compile(r"bytes \*/([0-9]{1,18})", re.ASCII)
-_WARNING = re.compile(r'299 [!-~]+ "((?:[^"\\]|\\.)*)"')
+_WARNING = re.compile(r'299 - "((?:[^"\\]|\\.)*)"')
 _EXPIRED = re.compile(r"expired|reauthenticate", re.IGNORECASE)
 
 
