@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
     from stowray.pipeline.progress import Progress, Report
+    from stowray.pipeline.registry import Registry
     from stowray.pipeline.resolve import Policy
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run import Outcome
@@ -83,8 +84,9 @@ class LocalEngine:
         self._fork_workers = fork_workers
         self._lock = threading.Lock()
         self._crew: Crew | None = crew
-        self._sides: dict[str, tuple[Fetcher, Resolver]] = {}
-        self._registry: Origin | None = None
+        self._sides: dict[str, tuple[Origin, Fetcher]] = {}
+        self._resolvers: dict[str, Resolver] = {}
+        self._registry: Registry | None = None
 
     def close(self) -> None:
         """End threads, workers and connections."""
@@ -92,11 +94,11 @@ class LocalEngine:
             crew, self._crew = self._crew, None
             registry, self._registry = self._registry, None
             self._sides.clear()
+            self._resolvers.clear()
         if crew is not None:
             crew.close()
-        close = getattr(registry, "close", None)
-        if close is not None:
-            close()
+        if registry is not None:
+            registry.close()
 
     def resolve(
         self,
@@ -237,7 +239,7 @@ class LocalEngine:
 
     def fetcher(self, source: Source) -> Fetcher:
         """Return the fetcher for where ``source`` comes from."""
-        return self._get_side(source)[0]
+        return self._side(source)[1]
 
     def begin(self) -> None:
         """Start the workers and then whatever else wants to know that there is work to do.
@@ -273,7 +275,7 @@ class LocalEngine:
             report=report,
             cancelled=cancelled,
         )
-        resolver = self._get_side(source)[1]
+        resolver = self._get_resolver(source)
         report("resolve", source.canonical, "resolving")
         if not resolver.is_known(request):
             self.begin()
@@ -322,11 +324,23 @@ class LocalEngine:
                 self._crew = LocalCrew(self.settings, self.store, fork_workers=self._fork_workers)
             return self._crew
 
-    def _get_side(self, source: Source) -> tuple[Fetcher, Resolver]:
-        """Return the fetcher and resolver for where ``source`` comes from."""
+    def _get_resolver(self, source: Source) -> Resolver:
+        key = _origin_key(source)
+        with self._lock:
+            resolver = self._resolvers.get(key)
+            if resolver is None:
+                resolver = self._resolvers[key] = Resolver(
+                    lambda: self._side(source),
+                    self.store,
+                    ttl_seconds=self.settings.resolve.ttl_seconds,
+                )
+            return resolver
+
+    def _side(self, source: Source) -> tuple[Origin, Fetcher]:
+        """Return the origin that ``source`` comes from and a fetcher that uses it."""
         from stowray.pipeline.fetch import Fetcher
 
-        key = source.canonical if isinstance(source, DiskImage) else ""
+        key = _origin_key(source)
         with self._lock:
             side = self._sides.get(key)
             if side is None:
@@ -335,23 +349,19 @@ class LocalEngine:
 
                     origin = open_disk_image(source)
                 else:
-                    origin = self._get_registry()
-                fetcher = Fetcher(self.store, [origin], self.settings.registry)
-                resolver = Resolver(
+                    from stowray.pipeline.registry import Registry
+
+                    origin = self._registry = Registry(self.settings.registry)
+                side = self._sides[key] = (
                     origin,
-                    self.store,
-                    fetcher,
-                    ttl_seconds=self.settings.resolve.ttl_seconds,
+                    Fetcher(self.store, [origin], self.settings.registry),
                 )
-                side = self._sides[key] = (fetcher, resolver)
             return side
 
-    def _get_registry(self) -> Origin:
-        from stowray.pipeline.registry import Registry
 
-        if self._registry is None:
-            self._registry = Registry(self.settings.registry)
-        return self._registry
+def _origin_key(source: Source) -> str:
+    """Return what tells origins apart: all registries are one, each image on disk is its own."""
+    return source.canonical if isinstance(source, DiskImage) else ""
 
 
 def _all_digests(image: Image) -> tuple[str, ...]:

@@ -45,20 +45,22 @@ class Request:
 
 
 class Resolver:
-    """Turns references into images; documents go through the store, so that each is read once."""
+    """Turns references into images; documents go through the store, so that each is read once.
+
+    ``connect`` gives the origin and the fetcher; it is called only when the store has no answer,
+    so that an image that is here costs neither connections nor the import of what makes them.
+    """
 
     def __init__(
         self,
-        origin: Origin,
+        connect: Callable[[], tuple[Origin, Fetcher]],
         store: Store,
-        fetcher: Fetcher,
         *,
         ttl_seconds: float = TTL_SECONDS,
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
-        self._origin = origin
+        self._connect = connect
         self._store = store
-        self._fetcher = fetcher
         self._tags: SingleFlight[Resolved] = SingleFlight(ttl_seconds, clock)
         self._documents: SingleFlight[bytes] = SingleFlight(0.0, clock)
 
@@ -178,7 +180,7 @@ class Resolver:
             self._tags.forget(reference.canonical)
 
         def work(_abandoned: Callable[[], bool]) -> Resolved:
-            resolved = self._origin.resolve(reference)
+            resolved = self._connect()[0].resolve(reference)
             request.manifest_requests += resolved.requests
             return resolved
 
@@ -221,7 +223,7 @@ class Resolver:
 
         def work(_abandoned: Callable[[], bool]) -> bytes:
             request.report("manifest", str(digest), "downloading", 0, descriptor.size)
-            body = self._origin.manifest(reference, digest, descriptor.size)
+            body = self._connect()[0].manifest(reference, digest, descriptor.size)
             request.manifest_requests += 1
             self._store.put_blob(digest, body)
             self._store.confirm(digest, reference.name)
@@ -240,7 +242,7 @@ class Resolver:
         if not self._store.has(descriptor.digest, descriptor.size):
             if request.policy == "never":
                 raise NotFoundError(str(descriptor.digest), str(self._store.path))
-            self._fetcher.fetch(
+            self._connect()[1].fetch(
                 request.reference, descriptor, report=request.report, cancelled=request.cancelled
             )
         body = self._store.read_blob(descriptor.digest, images.CONFIG_LIMIT)
