@@ -47,7 +47,7 @@ class MemberEngine(LocalEngine):
             report=report,
             cancelled=cancelled,
         )
-        image = self._get_side(source)[1].image(request)
+        image = self._get_resolver(source).image(request)
         return image, request.manifest_requests
 
 
