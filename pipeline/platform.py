@@ -142,13 +142,7 @@ class Platform:
 
         Not strict, amd64 also takes 386 and newer variants take older ones: containerd's default.
         """
-        candidates = [self.normalized()] if strict else self.preferences()
-        normalized = entry.normalized()
-        for position, candidate in enumerate(candidates):
-            if _equal(candidate, normalized):
-                # Of two that fit alike, the one that uses more of the wanted features is better.
-                return position, -len(normalized.os_features)
-        return None
+        return _rank([self.normalized()] if strict else self.preferences(), entry)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as plain values."""
@@ -201,10 +195,11 @@ def select(
     """
     images = [entry for entry in manifests if is_image(entry)]
     unnamed = [entry for entry in images if entry.platform is None]
+    candidates = [wanted.normalized()] if strict else wanted.preferences()
     ranked = [
         (rank, entry.platform.os_version, entry)
         for entry in images
-        if entry.platform is not None and (rank := wanted.rank(entry.platform, strict=strict))
+        if entry.platform is not None and (rank := _rank(candidates, entry.platform)) is not None
     ]
     if wanted.normalized().os == "windows":
         # The newest build that the host can run (containerd's order on Windows).
@@ -332,10 +327,20 @@ def _lesser_arm64(variant: str) -> list[tuple[str, str]]:
     return [*(("arm64", name) for name in older), ("arm", "v8"), *_lesser("arm", "v8")]
 
 
+def _rank(candidates: Sequence[Platform], entry: Platform) -> tuple[int, int] | None:
+    """Return the place of the first candidate that ``entry`` equals; then more features first."""
+    normalized = entry.normalized()
+    for position, candidate in enumerate(candidates):
+        if _equal(candidate, normalized):
+            return position, -len(normalized.os_features)
+    return None
+
+
 def _equal(candidate: Platform, entry: Platform) -> bool:
     """Tell whether a normalised ``entry`` is exactly what ``candidate`` names or asks for less."""
-    same = (candidate.architecture, candidate.variant) == (entry.architecture, entry.variant)
-    return same and candidate.accepts_os(entry)
+    if (candidate.architecture, candidate.variant) != (entry.architecture, entry.variant):
+        return False
+    return candidate.accepts_os(entry)
 
 
 def _windows_runs(host: str, image: str) -> bool:

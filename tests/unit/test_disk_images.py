@@ -8,7 +8,7 @@ import os
 import subprocess
 import tarfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -37,6 +37,9 @@ from stowray.pipeline.image import (
     parse_document,
 )
 from stowray.pipeline.reference import Reference
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 NAME = "org.opencontainers.image.ref.name"
 MARKER = b'{"imageLayoutVersion":"1.0.0"}'
@@ -134,7 +137,7 @@ def saved(**changes: Any) -> dict[str, bytes | str]:
     }
 
 
-def archive(path: Path, members: dict[str, bytes | str]) -> Path:
+def archive(path: Path, members: Mapping[str, bytes | str]) -> Path:
     path.write_bytes(tar(*members.items()))
     return path
 
@@ -195,6 +198,10 @@ class TestParseSource:
         monkeypatch.chdir(tmp_path)
         assert parse_source("oci:x:1").canonical == f"oci:{tmp_path}/x:1"
         assert parse_source("oci:latest") == DiskImage("oci", f"{tmp_path}/latest")
+
+    def test_words_for_reports(self) -> None:
+        source = parse_source("oci:/a:b")
+        assert (source.familiar, source.registry, str(source)) == ("oci:/a:b", "oci", "oci:/a:b")
 
     def test_in_a_registry(self) -> None:
         for text in ["debian", "library/oci:latest", "oci", "ocidir:x", "host:5000/oci"]:
@@ -522,6 +529,22 @@ class TestDockerArchive:
             read_all(f"docker-archive:{path}")
         assert len(str(caught.value)) < 500
 
+    def test_documents_by_digest(self, tmp_path: Path) -> None:
+        source = parse_source(f"docker-archive:{archive(tmp_path / 'd.tar', saved())}")
+        assert isinstance(source, DiskImage)
+        origin = open_disk_image(source)
+        with pytest.raises(NotFoundError):
+            origin.manifest(source, Digest.of(b"absent"))
+        with pytest.raises(NotFoundError):
+            origin.open_blob(source, Descriptor(OCI_LAYER, Digest.of(b"absent"), 1))
+        found = origin.resolve(source).descriptor
+        with pytest.raises(SizeMismatchError):
+            origin.manifest(source, found.digest, found.size + 1)
+
+    def test_a_tag_that_docker_would_refuse_is_matched_as_it_is(self, tmp_path: Path) -> None:
+        path = archive(tmp_path / "d.tar", saved(RepoTags=["No Reference"]))
+        read_all(f"docker-archive:{path}:No Reference")
+
     def test_archives_older_than_manifests(self, tmp_path: Path) -> None:
         path = archive(tmp_path / "d.tar", {"repositories": b"{}"})
         with pytest.raises(ManifestError, match=r"manifest\.json"):
@@ -595,6 +618,56 @@ class TestArchives:
         path = tmp_path / "d.tar"
         path.write_bytes(stream.getvalue())
         with pytest.raises(ManifestError):
+            resolve(f"docker-archive:{path}")
+
+    def header(self, name: str, kind: bytes, payload: bytes = b"", link: str = "") -> bytes:
+        info = tarfile.TarInfo(name)
+        info.type, info.size, info.linkname = kind, len(payload), link
+        return info.tobuf(tarfile.USTAR_FORMAT) + payload + bytes(-len(payload) % 512)
+
+    @pytest.mark.parametrize(
+        "kinds",
+        [
+            pytest.param(((b"0", ""), (b"2", "y")), id="file, link"),
+            pytest.param(((b"2", "y"), (b"0", "")), id="link, file"),
+            pytest.param(((b"2", "y"), (b"2", "z")), id="two links"),
+        ],
+    )
+    def test_names_with_two_meanings(
+        self, tmp_path: Path, kinds: tuple[tuple[bytes, str], ...]
+    ) -> None:
+        path = tmp_path / "d.tar"
+        members = b"".join(self.header("x", kind, link=link) for kind, link in kinds)
+        path.write_bytes(members + tar(*saved().items()))
+        with pytest.raises(ManifestError, match="more than one member named x"):
+            resolve(f"docker-archive:{path}")
+
+    @pytest.mark.parametrize(
+        "before, reason",
+        [
+            pytest.param(("g", b"13 path=abcd\n"), "global header", id="global path"),
+            pytest.param(("x", b"9 path=ab\n"), "PAX record", id="record too long"),
+            pytest.param(("x", b"x" * ((1 << 20) + 1)), "more than 1048576", id="endless header"),
+        ],
+    )
+    def test_metadata(self, tmp_path: Path, before: tuple[str, bytes], reason: str) -> None:
+        path = tmp_path / "d.tar"
+        kind, payload = before
+        path.write_bytes(self.header("m", kind.encode(), payload) + tar(*saved().items()))
+        with pytest.raises(ManifestError, match=reason):
+            resolve(f"docker-archive:{path}")
+
+    def test_what_git_writes_first_is_no_harm(self, tmp_path: Path) -> None:
+        path = tmp_path / "d.tar"
+        comment = self.header("pax_global_header", b"g", b"13 comment=a\n")
+        device = self.header("null", b"3")
+        path.write_bytes(comment + device + tar(*saved().items()))
+        assert read_all(f"docker-archive:{path}")[1] == LAYERS
+
+    def test_metadata_for_nothing(self, tmp_path: Path) -> None:
+        path = tmp_path / "d.tar"
+        path.write_bytes(self.header("m", b"x", b"9 path=a\n"))
+        with pytest.raises(ManifestError, match="ends after a header"):
             resolve(f"docker-archive:{path}")
 
     def test_damaged_compression(self, tmp_path: Path) -> None:

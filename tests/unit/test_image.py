@@ -403,7 +403,12 @@ def test_config_is_carried_verbatim() -> None:
         "Labels": {"l": "x" * 1_000_000},
         "Entrypoint": None,
     }
-    for history in [{}, {"history": None}, {"history": [{"empty_layer": True}] * 9}]:
+    histories: list[dict[str, Any]] = [
+        {},
+        {"history": None},
+        {"history": [{"empty_layer": True}] * 9},
+    ]
+    for history in histories:
         body = encode(config(config=process, **history, unknown=[1.5]))
         parsed = parse_config(body, DIGEST)
         assert parsed.raw == body

@@ -155,6 +155,11 @@ def test_windows_builds(row: dict[str, Any]) -> None:
     assert host.accepts(image) is row["runs"]
 
 
+def test_windows_version_that_is_none() -> None:
+    host = Platform("windows", "amd64", os_version="10.0.20348")
+    assert not host.accepts(Platform("windows", "amd64", os_version="vista"))
+
+
 def test_windows_order() -> None:
     row = TABLES["windows_order"]
     entries = [
@@ -244,7 +249,23 @@ class TestSelect:
         assert offered(entries) == "linux/s390x, linux/arm/v6"
 
 
+def test_without_a_name() -> None:
+    assert str(Platform("", "")) == "unknown"
+
+
+def test_documents_write_only_what_is_set() -> None:
+    assert Platform("linux", "").to_document() == {"os": "linux", "architecture": ""}
+    assert Platform("a", "b", "c", "d", ("e",)).to_document() == {
+        "os": "a",
+        "architecture": "b",
+        "variant": "c",
+        "os.version": "d",
+        "os.features": ["e"],
+    }
+
+
 def test_describe() -> None:
+    assert describe("windows(1+a)/amd64")["os_features"] == ["a"]
     assert describe("linux/ARM64/v8") == {
         "input": "linux/ARM64/v8",
         "os": "linux",

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import InvalidReferenceError
 from stowray.pipeline.reference import Reference, describe, is_loopback, wire_host
 from tests.support.vectors import label, table
@@ -120,6 +121,16 @@ def test_tag_and_digest() -> None:
     assert reference.canonical == f"docker.io/library/repo@sha256:{HEX}"
     assert reference.familiar == f"repo@sha256:{HEX}"
     assert Reference.parse("repo").target == "latest"
+
+
+def test_pinned() -> None:
+    reference = Reference.parse("x:1").with_digest(Digest(f"sha256:{HEX}"))
+    assert str(reference) == f"docker.io/library/x@sha256:{HEX}"
+    assert reference.tag == "1"
+
+
+def test_the_official_prefix_stays_where_it_would_be_missed() -> None:
+    assert Reference.parse("docker.io/library/a/b").familiar_name == "library/a/b"
 
 
 def test_spellings_of_one_image() -> None:
