@@ -110,7 +110,7 @@ def _entry(record: ReferenceRecord, *, plain: bool) -> dict[str, Any]:
         "digest": str(record.manifest),
         "size": record.manifest_size,
         "annotations": {
-            REF_NAME: spell(record.reference, "" if plain else record.platform),
+            REF_NAME: spell(record.reference, "" if plain else record.platform or "unknown"),
             REFERENCE: record.reference,
         },
     }

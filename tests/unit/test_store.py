@@ -90,7 +90,7 @@ class TestOpen:
 
     def test_a_newer_format_is_refused(self, store: Store) -> None:
         (store.path / "version").write_text("2\n")
-        with pytest.raises(StorageError, match="newer stowray .*upgrade"):
+        with pytest.raises(StorageError, match=r"newer stowray .*upgrade"):
             Store.open(store.path)
 
     def test_a_damaged_version_is_named(self, store: Store) -> None:
@@ -348,13 +348,12 @@ class TestSources:
     def test_threads_lose_no_confirmation(self, store: Store) -> None:
         digest = commit(store, b"content")
         names = [f"registry/{number}" for number in range(24)]
-        threads = [
-            threading.Thread(
-                target=lambda part: [store.confirm(digest, name) for name in part],
-                args=(names[start::4],),
-            )
-            for start in range(4)
-        ]
+
+        def work(part: list[str]) -> None:
+            for name in part:
+                store.confirm(digest, name)
+
+        threads = [threading.Thread(target=work, args=(names[first::4],)) for first in range(4)]
         for thread in threads:
             thread.start()
         for thread in threads:
