@@ -113,10 +113,6 @@ class _Source(io.RawIOBase):
         self._rest = memoryview(head)
         self._read = read
 
-    def readable(self) -> bool:
-        """Say that this file is for reading."""
-        return True
-
     def readinto(self, buffer: WriteableBuffer) -> int:
         """Fill the start of ``buffer`` with what is at hand; 0 at the end."""
         target = memoryview(buffer)

@@ -12,10 +12,12 @@ import re
 from typing import TYPE_CHECKING
 from urllib.parse import unquote_to_bytes
 
+from stowray.pipeline import ustar
 from stowray.pipeline.errors import LayerError
 
 if TYPE_CHECKING:
     from stowray.pipeline.limits import LayerLimits
+    from stowray.pipeline.tar import Entry
 
 SCHILY_XATTR = b"SCHILY.xattr."
 LIBARCHIVE_XATTR = b"LIBARCHIVE.xattr."
@@ -67,6 +69,42 @@ def parse(payload: bytes) -> dict[bytes, bytes]:
     if charset and charset not in CHARSETS:
         raise LayerError("", "has a PAX header in an unknown character set")
     return records
+
+
+def merge(entry: Entry, records: dict[bytes, bytes], limits: LayerLimits) -> bool:
+    """Apply PAX records to an entry and tell whether some of them make it a sparse file.
+
+    An empty value leaves what the header says (as in Go).
+    """
+    extended = holes = False
+    for key, value in records.items():
+        if not value:
+            continue
+        if key == b"path":
+            entry.name = path(value, "name", limits)
+        elif key == b"mtime":
+            entry.mtime_ns = time_ns(value)
+        elif key == b"linkpath":
+            entry.linkname = path(value, "link target", limits)
+        elif key == b"size":
+            entry.size = integer(value, "size")
+        elif key == b"uid":
+            entry.uid = ustar.owner(integer(value, "user ID"), "user ID")
+        elif key == b"gid":
+            entry.gid = ustar.owner(integer(value, "group ID"), "group ID")
+        elif key == b"SCHILY.devmajor":
+            entry.devmajor = integer(value, "major number")
+        elif key == b"SCHILY.devminor":
+            entry.devminor = integer(value, "minor number")
+        elif key.startswith((SCHILY_XATTR, LIBARCHIVE_XATTR)):
+            extended = True
+        elif key.startswith(SPARSE):
+            holes = True
+            if key == b"GNU.sparse.name":
+                path(value, "name", limits)
+    if extended:
+        entry.xattrs = xattrs(records, limits)
+    return holes
 
 
 def path(value: bytes, what: str, limits: LayerLimits) -> bytes:

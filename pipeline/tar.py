@@ -108,6 +108,11 @@ class _Pending:
         self.link = b""
         self.records: dict[bytes, bytes] | None = None
 
+    @property
+    def waits(self) -> bool:
+        """Whether an entry must follow that all this belongs to."""
+        return bool(self.name or self.link or self.records is not None)
+
 
 class TarReader:
     """Iterates over the entries of a tar stream; ``read`` answers ``b""`` at its end.
@@ -130,8 +135,6 @@ class TarReader:
         self._owners: dict[bytes, tuple[int, int, int]] = {}
         self._numbers: dict[bytes, int] = {}
         self._name = b""
-        self._entries = 0
-        self._unpacked = 0
 
     @property
     def offset(self) -> int:
@@ -142,6 +145,7 @@ class TarReader:
         limits = self._limits
         sums, owners, numbers = self._sums, self._owners, self._numbers
         pending: _Pending | None = None
+        entries = unpacked = 0
         while True:
             position = self._position + self._left + self._padding
             if position <= self._end:
@@ -167,7 +171,7 @@ class TarReader:
                     break
                 self._verify(header)
             flag = header[156]
-            if flag in _METADATA:
+            if flag > FIFO and flag in _METADATA:
                 pending = self._metadata(header, flag, pending or _Pending())
                 continue
             stop = header.find(0, 0, 100)
@@ -205,17 +209,17 @@ class TarReader:
                 raise LayerError(escape(name), "has a negative size")
             self._left = size
             self._padding = -size % BLOCK
-            self._entries += 1
-            self._unpacked += entry.size
-            if self._entries > limits.entries:
+            entries += 1
+            unpacked += entry.size
+            if entries > limits.entries:
                 raise LayerError("", f"has more than {limits.entries} entries")
-            if self._unpacked > limits.unpacked_size:
+            if unpacked > limits.unpacked_size:
                 raise LayerError(
                     escape(name), f"brings the layer beyond {limits.unpacked_size} bytes"
                 )
             self._name = name
             yield entry
-        if pending is not None:
+        if pending is not None and pending.waits:
             raise LayerError("", "ends after a header that belongs to an entry")
         self.drain()
 
@@ -365,6 +369,9 @@ class TarReader:
         elif flag == _PAX_GLOBAL:
             # containerd, podman and docker let global records change no entry: only checked.
             pax.parse(payload)
+            if pending.waits:
+                # Readers disagree here: Go forgets what came before, GNU tar does not.
+                raise LayerError("", "has a global header between a header and its entry")
         else:
             text = payload.partition(b"\0")[0]
             if len(text) > limits.path_size:
@@ -378,7 +385,7 @@ class TarReader:
     def _complete(self, entry: Entry, header: bytes, pending: _Pending | None) -> int:
         """Settle what is not plain about an entry; return the size of its data in the stream."""
         records = pending.records if pending is not None else None
-        holes = records is not None and _merge(entry, records, self._limits)
+        holes = records is not None and pax.merge(entry, records, self._limits)
         if pending is not None:
             entry.name = pending.name or entry.name
             entry.linkname = pending.link or entry.linkname
@@ -418,42 +425,6 @@ class TarReader:
         sparse.check(segments, real, stored)
         entry.size = real
         entry.sparse = segments
-
-
-def _merge(entry: Entry, records: dict[bytes, bytes], limits: LayerLimits) -> bool:
-    """Apply PAX records to an entry and tell whether some of them make it a sparse file.
-
-    An empty value leaves what the header says (as in Go).
-    """
-    extended = holes = False
-    for key, value in records.items():
-        if not value:
-            continue
-        if key == b"path":
-            entry.name = pax.path(value, "name", limits)
-        elif key == b"mtime":
-            entry.mtime_ns = pax.time_ns(value)
-        elif key == b"linkpath":
-            entry.linkname = pax.path(value, "link target", limits)
-        elif key == b"size":
-            entry.size = pax.integer(value, "size")
-        elif key == b"uid":
-            entry.uid = ustar.owner(pax.integer(value, "user ID"), "user ID")
-        elif key == b"gid":
-            entry.gid = ustar.owner(pax.integer(value, "group ID"), "group ID")
-        elif key == b"SCHILY.devmajor":
-            entry.devmajor = pax.integer(value, "major number")
-        elif key == b"SCHILY.devminor":
-            entry.devminor = pax.integer(value, "minor number")
-        elif key.startswith((pax.SCHILY_XATTR, pax.LIBARCHIVE_XATTR)):
-            extended = True
-        elif key.startswith(pax.SPARSE):
-            holes = True
-            if key == b"GNU.sparse.name":
-                pax.path(value, "name", limits)
-    if extended:
-        entry.xattrs = pax.xattrs(records, limits)
-    return holes
 
 
 def _named(error: LayerError, name: bytes) -> LayerError:

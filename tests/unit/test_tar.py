@@ -236,11 +236,6 @@ def test_every_kind() -> None:
             {"name": b"x", "size": 0},
             id="global header changes no entry",
         ),
-        pytest.param(
-            pax({"path": "p"}) + pax({"path": "g"}, kind=b"g") + header("x"),
-            {"name": b"p"},
-            id="global header between",
-        ),
     ],
 )
 def test_fields(layer: bytes, expected: dict[str, Any]) -> None:
@@ -256,6 +251,16 @@ def test_pax_size_says_where_the_next_entry_is() -> None:
         (b"f", b"x" * 700),
         (b"next", b"y"),
     ]
+
+
+def test_sparse_records_without_a_map_leave_a_plain_file() -> None:
+    layer = archive(pax({"GNU.sparse.name": "real"}) + file("stand-in", b"data"))
+    (found,) = members(layer)
+    assert (found.fields["name"], found.fields["sparse"], found.data) == (b"real", None, b"data")
+
+
+def test_entries_show_what_they_are() -> None:
+    assert repr(only(archive(file("näme", b"abc")))) == "<Entry b'n\\xc3\\xa4me' 0 3>"
 
 
 def test_metadata_speaks_of_one_entry_only() -> None:
@@ -311,6 +316,9 @@ def test_metadata_speaks_of_one_entry_only() -> None:
         pytest.param(header("x", kind=b"L", size=base256(1 << 40, 12)), id="long name of 1 TiB"),
         pytest.param(pax({"path": "p" * 65537}) + header("f"), id="path of 64 KiB and a byte"),
         pytest.param(gnu_long("p" * 65537) + header("f"), id="long name of 64 KiB and a byte"),
+        pytest.param(
+            pax({"path": "p"}) + pax({}, kind=b"g") + header("f"), id="global header between"
+        ),
         pytest.param(pax({"path": "p"}), id="PAX header before the end"),
         pytest.param(gnu_long("n"), id="long name before the end"),
     ],
@@ -345,6 +353,7 @@ def test_errors_name_the_entry() -> None:
         pytest.param(bytes(10240), id="ten KiB of NULs"),
         pytest.param(bytes(1024) + b"trailing", id="bytes behind the end"),
         pytest.param(bytes(700), id="one NUL block and some NULs"),
+        pytest.param(pax({"comment": "c"}, kind=b"g") + END, id="global header alone"),
     ],
 )
 def test_empty_layers(layer: bytes) -> None:
