@@ -191,8 +191,9 @@ class Snapshots:
             present = self._find(chain_id)
             if present is not None:
                 return present
-            if parent is not None and not self.has(parent):
-                raise NotFoundError(f"parent snapshot {parent}", str(self.directory))
+            if parent is not None:
+                # It stands on a complete chain itself, or it could not have been committed.
+                self.get(parent)
             source = LayerSource(open_read, limits, report, cancelled)
             layer, record = self._layer(diff_id, parent, source)
             snapshot = Snapshot(

@@ -17,7 +17,7 @@ PLAIN_UID = 65534
 
 # Modules are imported before the change of user: the interpreter may lie where others cannot read.
 DROP = f"""
-import ctypes, encodings.idna, os, random, selectors, subprocess, tempfile, threading
+import ctypes, encodings.ascii, encodings.idna, os, random, selectors, subprocess, tempfile, threading
 def become_plain():
     if os.getuid() == 0:
         os.setgroups([])
