@@ -30,8 +30,9 @@ CHARSETS = (b"BINARY", b"ISO-IR 10646 2000 UTF-8")
 
 # A record's length has no more digits than the largest header: longer ones are refused unread.
 _LENGTH_DIGITS = 10
-_INTEGER = re.compile(rb"[0-9]{1,19}")
-_INT64_DIGITS = 19
+# Writers fill numbers up with zeros; nobody needs so many.
+_INTEGER = re.compile(rb"[0-9]{1,64}")
+_MOST_DIGITS = 64
 _INT64 = 1 << 63
 _SECOND = 1_000_000_000
 
@@ -133,7 +134,7 @@ def time_ns(value: bytes) -> int:
     digits = whole[1:] if negative else whole
     if (
         not digits.isdigit()
-        or len(digits) > _INT64_DIGITS
+        or len(digits) > _MOST_DIGITS
         or (fraction and not fraction.isdigit())
         or (seconds := int(digits)) >= _INT64
     ):
