@@ -9,7 +9,7 @@ decoded), redirects and retries are left to the caller, and a body that ends bef
 from __future__ import annotations
 
 import threading
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any, Self
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -382,7 +382,7 @@ def _translated(error: Exception, url: str) -> StowrayError:
         return UnavailableError(url, 0, "TIMEOUT", f"no answer from {host_of(url)} in time")
     if isinstance(error, exceptions.SSLError | ssl.SSLError):
         return UnavailableError(url, 0, "TLS", detail)
-    if isinstance(error, exceptions.IncompleteRead):
+    if isinstance(error, IncompleteRead) or isinstance(inner, IncompleteRead):
         return UnavailableError(url, 0, "CUT", "the body ended early")
     if isinstance(error, exceptions.ProtocolError):
         code = "CUT"

@@ -32,6 +32,7 @@ from urllib.parse import parse_qs, urlsplit
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
 
     import trustme
 
@@ -71,7 +72,7 @@ class Fault:
     """What goes wrong with one answer; the fields combine."""
 
     status: int | None = None  # answer this instead, with `headers` and `body`
-    headers: Headers = ()  # added to whatever is answered
+    headers: Headers = ()  # added to whatever is answered, replacing those of the same name
     remove: tuple[str, ...] = ()  # headers left out
     body: bytes | None = None  # other bytes than the right ones
     corrupt: int | None = None  # flip the byte at this offset of what is sent
@@ -389,6 +390,8 @@ class FakeRegistry:
     redirect: bool = False
     redirect_status: int = 307
     authority: trustme.CA | None = None  # given: TLS with a certificate of this authority
+    certificate_names: Sequence[str] = ()  # other names than the address and localhost
+    not_after: datetime | None = None  # when the certificate expires
     address: str = "127.0.0.1"
     token_lifetime: float = 300.0
     identity_tokens: dict[str, str] = field(default_factory=dict)  # refresh token -> user
@@ -414,7 +417,8 @@ class FakeRegistry:
 
     def __enter__(self) -> Self:
         if self.authority is not None:
-            certificate = self.authority.issue_cert(self.address, "localhost")
+            names = self.certificate_names or (self.address, "localhost")
+            certificate = self.authority.issue_cert(*names, not_after=self.not_after)
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             certificate.configure_cert(self._context)
         self._server = _Server(self, "registry", self.address)
