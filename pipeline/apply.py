@@ -81,6 +81,8 @@ class LayerApplier:
         self._owner = (os.geteuid(), os.getegid())
         # The parent of the entry before, as it was spelt; most entries have the same one.
         self._spelt: bytes | None = None
+        # Not above symlinks of others: a name made in this layer may hide one, unseen.
+        self._keeps_parent = lower is None or not lower.lowers
         self._parent = self.tree.root
         self._removals = 0
         self._copies = CopyUp(self.tree, lower) if lower is not None else None
@@ -115,7 +117,7 @@ class LayerApplier:
             if found is None:
                 return
             here, last = found
-            if last == base:
+            if last == base and self._keeps_parent:
                 self._spelt, self._parent, self._removals = spelt, here, tree.removals
             base = last
         if kind == FILE:
@@ -398,13 +400,17 @@ class LayerApplier:
         parent, beyond, _ = self.tree.resolve(source)
         if not beyond and parent is here and name == base:
             return
+        if _lies_in(parent, here, base):
+            if self.lower is None:
+                raise DependsOnBelowError
+            raise LayerError(escape(entry.name), "is a hard link to what it replaces")
         if (
             not beyond
             and parent.state != PHANTOM
             and name not in parent.children
             and tree_ops.exists(self.tree.descriptor(parent), name)
         ):
-            self._link(parent, name, here, base, entry.name)
+            self._link(parent, name, here, base)
             return
         if self._copies is None:
             raise DependsOnBelowError
@@ -420,15 +426,11 @@ class LayerApplier:
             raise LayerError(escape(entry.name), "is a hard link to a directory")
         self._link_below(node, here, base, entry)
 
-    def _link(
-        self, parent: Directory, name: bytes, here: Directory, base: bytes, entry_name: bytes
-    ) -> None:
+    def _link(self, parent: Directory, name: bytes, here: Directory, base: bytes) -> None:
         """Give a file of this tree another name."""
         self._clear(here, base)
         if tree_ops.exists(self.tree.descriptor(here), base):
             self.tree.unlink(here, base)
-        if parent.parent is not None and not self.tree.has(parent.path(), parent):
-            raise LayerError(escape(entry_name), "is a hard link to what it replaces")
         source, target = self.tree.descriptor(parent), self.tree.descriptor(here)
         # Without follow_symlinks=False linkat(2) would link what a symlink leads to, also outside.
         os.link(name, base, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
@@ -443,10 +445,13 @@ class LayerApplier:
         copies = self._copies
         if copies is None:
             raise DependsOnBelowError
+        if copies.find(node) == (here, base):
+            return
+        # What the link replaces may be, or hold, the only copy so far.
+        self._clear(here, base)
         copy = copies.find(node)
         if copy is not None:
-            if copy != (here, base):
-                self._link(*copy, here, base, entry.name)
+            self._link(*copy, here, base)
             return
         copied = copies.as_entry(node, entry.name)
         if node.is_file:
@@ -470,7 +475,7 @@ class LayerApplier:
             tree.remove_directory(links)
         if self._copies is not None:
             for parent, name, here, base in self._copies.lower_names():
-                self._link(parent, name, here, base, base)
+                self._link(parent, name, here, base)
         for directory in tree.bottom_up():
             if directory.whiteouts and not directory.hides():
                 if directory.state == PHANTOM:
@@ -523,6 +528,15 @@ def _split(name: bytes) -> list[bytes]:
     if b".." in parts:
         raise LayerError(escape(name), "has a .. in its name")
     return parts
+
+
+def _lies_in(directory: Directory, here: Directory, base: bytes) -> bool:
+    """Return whether ``directory`` is ``base`` in ``here`` or below it."""
+    while directory.parent is not None:
+        if directory.parent is here and directory.name == base:
+            return True
+        directory = directory.parent
+    return False
 
 
 def _attributes(entry: Entry) -> Attributes:

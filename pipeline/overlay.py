@@ -119,6 +119,7 @@ class ChainView:
         self._cache: OrderedDict[bytes, _Merged] = OrderedDict()
         self._open = 0
         self._root: _Merged | None = None
+        self._root_layer: int | None = None
         self._records: dict[int, dict[bytes, Record]] = {}
         self._links: dict[tuple[int, int], list[bytes]] | None = None
 
@@ -149,8 +150,7 @@ class ChainView:
 
         If not, a mount needs a topmost directory that has them.
         """
-        parts = self._merged_root().parts
-        return not parts or self.lookup(b"").layer == parts[0][0]
+        return self._root_node().layer <= 0
 
     def lookup(self, path: bytes) -> Node:
         """Return what is at ``path``; ``StorageError`` if nothing is, see :meth:`find`."""
@@ -235,27 +235,41 @@ class ChainView:
     def _merged_root(self) -> _Merged:
         if self._root is None:
             root = _Merged(b"", [])
-            try:
-                for layer, path in enumerate(self.lowers):
-                    descriptor = os.open(path, OPEN_DIRECTORY)
-                    root.parts.append((layer, descriptor))
-                    if self._is_opaque(descriptor):
+            for layer in range(len(self.lowers)):
+                try:
+                    root.parts.append((layer, self._open_tree(layer)))
+                    if self._is_opaque(root.parts[-1][1]):
                         break
-            except OSError as error:
-                root.close()
-                raise storage_error(error, path, "read a layer tree") from error
+                except (OSError, StorageError):
+                    root.close()
+                    raise
             self._root = root
         return self._root
 
+    def _open_tree(self, layer: int) -> int:
+        path = self.lowers[layer]
+        try:
+            return os.open(path, OPEN_DIRECTORY)
+        except OSError as error:
+            raise storage_error(error, path, "read a layer tree") from error
+
     def _root_node(self) -> Node:
-        parts = self._merged_root().parts
-        if not parts:
+        # An opaque root hides what is in the roots below it, not what they say of the root itself.
+        if self._root_layer is None:
+            self._root_layer = -1
+            for layer in range(len(self.lowers)):
+                descriptor = self._open_tree(layer)
+                try:
+                    implied = self._attribute(descriptor, IMPLIED_ROOT) is not None
+                finally:
+                    os.close(descriptor)
+                if not implied:
+                    self._root_layer = layer
+                    break
+        layer = self._root_layer
+        if layer < 0:
             return Node(b"", stat.S_IFDIR, 0o755, *OWNER, 0, 0, (0, 0), (-1, 0), 1)
-        for layer, descriptor in parts:
-            if self._attribute(descriptor, IMPLIED_ROOT) is None:
-                return self._node(b"", layer, os.fstat(descriptor))
-        layer, descriptor = parts[0]
-        return self._node(b"", layer, os.fstat(descriptor))
+        return self._node(b"", layer, os.stat(self.lowers[layer], follow_symlinks=False))
 
     def _directory(self, path: bytes) -> _Merged | None:
         """Return the merged directory at ``path``, from the cache or its nearest cached parent."""
@@ -383,15 +397,18 @@ class ChainView:
         if merged is not None:
             for layer, directory in merged.parts:
                 if layer == node.layer:
-                    return directory, name or b"."
+                    return directory, name
         raise StorageError(escape(node.path), "changed while it was read")
 
     def _read_xattrs(self, node: Node) -> dict[bytes, bytes]:
         if node.layer < 0:
             return {}
-        directory, name = self._place(node)
-        # No *at() form exists; the magic link names the parent, its last part is not followed.
-        path = b"/proc/self/fd/%d/%s" % (directory, name)
+        if node.path:
+            directory, name = self._place(node)
+            # No *at() form exists; the magic link names the parent, its last part is not followed.
+            path = b"/proc/self/fd/%d/%s" % (directory, name)
+        else:
+            path = os.fsencode(self.lowers[node.layer])
         attributes: dict[bytes, bytes] = {}
         try:
             keys = os.listxattr(path, follow_symlinks=False)

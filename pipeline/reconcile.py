@@ -88,7 +88,10 @@ def _remove(tree: Path, path: bytes) -> None:
         if above is None:
             return
         status = os.fstat(above)
+        # A plain user may have closed the directory to himself, as the layer says.
+        os.fchmod(above, 0o700)
         os.rmdir(name, dir_fd=above)
+        os.fchmod(above, stat.S_IMODE(status.st_mode))
         os.utime(above, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
@@ -102,7 +105,10 @@ def _adopt(tree: Path, path: bytes, node: Node, below: ChainView) -> None:
             os.fchown(directory, node.uid, node.gid)
         else:
             mode |= 0o500
-        tree_ops.set_xattrs(directory, below.xattrs(node))
+        unset = below.unset_xattrs(node)
+        wanted = {key: value for key, value in below.xattrs(node).items() if key not in unset}
+        for _, error in tree_ops.set_xattrs(directory, wanted):
+            raise error
         os.fchmod(directory, mode)
         os.utime(directory, ns=(node.mtime_ns, node.mtime_ns))
 
