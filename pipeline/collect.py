@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.digest import HEX_LENGTHS, Digest
-from stowray.pipeline.errors import InvalidDigestError, NotFoundError, StorageError
+from stowray.pipeline.errors import InvalidDigestError, NotFoundError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import TEMPORARY, make_directory, translated
 from stowray.pipeline.ingest import discard_ingest
@@ -339,14 +339,15 @@ def _drop_ingest(path: Path) -> None:
 
 def _new_bin(store: Store) -> tuple[Path, int]:
     """Return a new directory under ``trash/``, locked against other collectors."""
-    path = store.path / "trash" / secrets.token_hex(8)
-    with translated(path, "set aside what nobody needs"):
-        make_directory(path)
-        descriptor = os.open(path, _OPEN_DIRECTORY)
-        if not try_lock(descriptor):
+    while True:
+        path = store.path / "trash" / secrets.token_hex(8)
+        with translated(path, "set aside what nobody needs"), suppress(FileNotFoundError):
+            make_directory(path)
+            descriptor = os.open(path, _OPEN_DIRECTORY)
+            if try_lock(descriptor) and is_current(descriptor, path):
+                return path, descriptor
             os.close(descriptor)
-            raise StorageError(str(path), "another program locked a new directory: try again")
-    return path, descriptor
+        # Another collector took it for a leftover in the instant before the lock.
 
 
 def _set_aside(doomed: list[_Item], target: Path) -> None:

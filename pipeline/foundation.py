@@ -114,9 +114,10 @@ def create_store(path: Path, descriptor: int) -> Capabilities | None:
             replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
             replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
             if other_entries(path, "") is None:
-                # Missing or cut short: the marker has it derived at the next change.
                 write_index(path, [], [])
-                (path / "refs" / MARKER).touch(mode=0o600)
+                if any((path / "refs").iterdir()):
+                    # It was cut short: the marker has it derived at the next change.
+                    (path / "refs" / MARKER).touch(mode=0o600)
             failpoint("create-before-version")
             replace_file(path / "version", f"{FORMAT}\n".encode())
             return found
