@@ -8,7 +8,6 @@ never committed. A cancelled fetch keeps what it has.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +25,7 @@ from stowray.pipeline.errors import (
     UnavailableError,
 )
 from stowray.pipeline.registry import never, policy, weight
-from stowray.pipeline.retry import Retries, wait
+from stowray.pipeline.retry import Retries, uniform, wait
 from stowray.pipeline.settings import RegistrySettings
 
 if TYPE_CHECKING:
@@ -109,7 +108,7 @@ class Fetcher:
         settings: RegistrySettings | None = None,
         *,
         clock: Clock = SYSTEM_CLOCK,
-        uniform: Callable[[float, float], float] = random.uniform,
+        uniform: Callable[[float, float], float] = uniform,
     ) -> None:
         self._store = store
         self._origins = tuple(origins)

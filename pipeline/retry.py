@@ -7,10 +7,8 @@ full jitter, so that a fleet does not come back in step.
 
 from __future__ import annotations
 
-import random
 import re
 from dataclasses import dataclass, field
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -44,11 +42,21 @@ def retry_after(value: str | None, now: float) -> float | None:
     if re.fullmatch(r"[0-9]+", value, re.ASCII):
         seconds = RETRY_AFTER_LIMIT if len(value) > 6 else float(value)
     else:
+        # Here and not above: it takes longer to import than most waits are asked for.
+        from email.utils import parsedate_to_datetime
+
         try:
             seconds = parsedate_to_datetime(value).timestamp() - now
         except (ValueError, OverflowError, TypeError, IndexError):
             return None
     return min(seconds, RETRY_AFTER_LIMIT) if seconds > 0 else None
+
+
+def uniform(low: float, high: float) -> float:
+    """Return a random number between the two."""
+    import random
+
+    return random.uniform(low, high)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +77,7 @@ class Retries:
     what: str
     policy: RetryPolicy = field(default_factory=RetryPolicy)
     clock: Clock = SYSTEM_CLOCK
-    uniform: Callable[[float, float], float] = random.uniform
+    uniform: Callable[[float, float], float] = uniform
     count: int = 0
     _row: int = 0
     _since: float | None = None

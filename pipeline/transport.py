@@ -8,6 +8,7 @@ decoded), redirects and retries are left to the caller, and a body that ends bef
 
 from __future__ import annotations
 
+import io
 import threading
 from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any, Self
@@ -109,15 +110,17 @@ class Response:
             piece = self.read_piece(len(buffer))
             buffer[: len(piece)] = piece
             if direct is not None:
-                direct.primed = True
                 direct.left -= len(piece)
+                direct.buffered -= len(piece)
             return len(piece)
-        if not direct.primed:
-            # http.client may have read the beginning of the body together with the headers.
-            direct.primed = True
+        if direct.buffered > 0:
+            # http.client may have read the beginning of the body together with the headers. A
+            # short read means that its buffer is empty now.
             piece = self.read_piece(len(buffer))
             buffer[: len(piece)] = piece
             direct.left -= len(piece)
+            short = len(piece) < len(buffer)
+            direct.buffered = 0 if short else direct.buffered - len(piece)
             return len(piece)
         watch = self._watch
         watch.waiting_since = begun = self._clock.monotonic()
@@ -174,7 +177,7 @@ class _DirectBody:
 
     def __init__(self, raw: Any, answer: Any, stream: Any, left: int) -> None:
         self.left = left
-        self.primed = False
+        self.buffered = io.DEFAULT_BUFFER_SIZE
         self._raw = raw
         self._answer = answer
         self._stream = stream
