@@ -191,13 +191,8 @@ def gc_command(context: Context, dry_run: bool, max_size: str | None, min_free: 
 
     from stowray.pipeline.collect import collect
 
-    store = context.open_store()
-    report = collect(
-        store,
-        dry_run=dry_run,
-        max_size=_size(max_size),
-        min_free=_size(min_free),
-    )
+    limits = {"max_size": _size(max_size), "min_free": _size(min_free)}
+    report = collect(context.open_store(), dry_run=dry_run, **limits)
     if context.json:
         _say(json.dumps(asdict(report)))
     else:
@@ -223,12 +218,13 @@ def _size(text: str | None) -> int | None:
 
 
 def _pin(context: Context, references: tuple[str, ...], *, pinned: bool) -> int:
-    from dataclasses import replace
+    from stowray.pipeline.references import pin_reference
 
     store = context.open_store()
+    platform = context.settings.resolve.platform or None
     for text in references:
         record = _find(context, store, text)
-        store.record_reference(replace(record, pinned=pinned))
+        pin_reference(store, record.reference, platform, pinned=pinned)
         _say(record.reference)
     return 0
 

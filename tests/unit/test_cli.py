@@ -1,0 +1,266 @@
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stowray.cli.app import COMMANDS, run
+from tests.support.registry import FakeRegistry, Fault
+from tests.support.small import small_tar
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+LAYERS = [small_tar({"etc/a": b"1"}), small_tar({"etc/b": b"2"})]
+
+
+class Cli:
+    """The command in this process: what it prints and its exit status."""
+
+    def __init__(self, capsys, store: Path) -> None:
+        self._capsys = capsys
+        self.store = store
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        status = run(["--store", str(self.store), "--engine", "local", *arguments])
+        captured = self._capsys.readouterr()
+        return status, captured.out, captured.err
+
+    def json(self, *arguments: str):
+        status, out, err = self("--json", *arguments)
+        assert status == 0, err
+        lines = [json.loads(line) for line in out.splitlines()]
+        return lines[0] if len(lines) == 1 else lines
+
+
+@pytest.fixture
+def cli(capsys, tmp_path, monkeypatch):
+    monkeypatch.delenv("STOWRAY_STORE", raising=False)
+    return Cli(capsys, tmp_path / "store")
+
+
+@pytest.fixture
+def registry():
+    with FakeRegistry() as made:
+        yield made
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys) -> None:
+    assert run([name, "--help"]) == 0
+    out = capsys.readouterr().out
+    assert name in out
+    assert "--store" in out
+
+
+def test_pull_answers_with_the_result_line(cli: Cli, registry: FakeRegistry) -> None:
+    digest = registry.add_image("a/b", "1", LAYERS)
+    result = cli.json("pull", f"{registry.host}/a/b:1", "-q")
+    assert result["reference"] == f"{registry.host}/a/b:1"
+    assert result["digest"] == result["resolved"] == digest
+    assert result["platform"] == "linux/amd64"
+    assert result["engine"] == "local"
+    assert len(result["layers"]) == 2
+    for layer in result["layers"]:
+        assert layer["source"] == registry.host
+        assert layer["fetched_bytes"] == layer["size"]
+    assert result["layers"][-1]["chain_id"] == result["chain_id"]
+    assert set(result["seconds"]) == {"resolve", "fetch", "apply", "total"}
+    again = cli.json("pull", f"{registry.host}/a/b:1", "-q")
+    assert again["fetched_bytes"] == 0
+    assert {layer["source"] for layer in again["layers"]} == {"store"}
+
+
+def test_stdout_has_the_answer_alone_and_stderr_the_rest(cli: Cli, registry: FakeRegistry) -> None:
+    digest = registry.add_image("a/b", "1", LAYERS)
+    status, out, err = cli("pull", f"{registry.host}/a/b:1")
+    assert (status, out) == (0, f"{registry.host}/a/b:1@{digest}\n")
+    assert "fetched" in err
+    assert "unpacked" in err
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_common_options_stand_before_or_after_the_command(
+    registry: FakeRegistry, tmp_path: Path, capsys, before: bool
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    common = ["--store", str(tmp_path / "s"), "--engine", "local", "--json", "-q"]
+    command = ["pull", f"{registry.host}/a/b:1"]
+    assert run([*common, *command] if before else [*command, *common]) == 0
+    assert json.loads(capsys.readouterr().out)["digest"]
+
+
+def test_some_of_several_failed(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    good, bad = f"{registry.host}/a/b:1", f"{registry.host}/a/b:none"
+    status, out, err = cli("pull", good, bad, "--json", "-q")
+    assert status == 1
+    first, second = (json.loads(line) for line in out.splitlines())
+    assert first["reference"] == good
+    assert second["reference"] == bad
+    assert second["error"]["type"] == "NotFoundError"
+    assert second["error"]["retryable"] is False
+    assert bad in err
+
+
+@pytest.mark.parametrize(
+    ("fault", "status", "kind"),
+    [
+        pytest.param(Fault(status=404), 3, "NotFoundError", id="not found"),
+        pytest.param(Fault(status=403), 4, "UnauthorizedError", id="forbidden"),
+        pytest.param(Fault(status=418), 6, "RegistryError", id="teapot"),
+    ],
+)
+def test_a_failed_pull_has_its_class_and_status(
+    cli: Cli, registry: FakeRegistry, fault: Fault, status: int, kind: str
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    registry.fault("/manifests/1", fault, repeat=True)
+    code, out, err = cli("pull", f"{registry.host}/a/b:1", "--json", "-q")
+    assert code == status
+    assert json.loads(out)["error"]["type"] == kind
+    assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["pull"],
+        ["pull", "Upper"],
+        ["dance"],
+        ["pull", "a", "--platform", "a/b/c/d/e"],
+        ["pull", "a", "--progress", "loud"],
+        ["pull", "a", "--config", "/does/not/exist"],
+        ["gc", "--max-size", "many"],
+    ],
+    ids=" ".join,
+)
+def test_usage_errors_exit_with_2(cli: Cli, tmp_path: Path, arguments: list[str]) -> None:
+    cli.store.mkdir()
+    status, out, err = cli(*arguments)
+    assert status == 2
+    assert out == ""
+    assert err
+
+
+def test_an_unknown_command_gets_a_hint(capsys) -> None:
+    assert run(["pul", "a"]) == 2
+    assert "pull" in capsys.readouterr().err
+
+
+def test_resolve_config_and_key(cli: Cli, registry: FakeRegistry) -> None:
+    manifest = registry.add_image("a/b", None, LAYERS)
+    index = registry.add_index("a/b", "1", {"linux/amd64": manifest})
+    reference = f"{registry.host}/a/b:1"
+    answer = cli.json("resolve", reference)
+    assert answer == {
+        "reference": reference,
+        "digest": index,
+        "media_type": "application/vnd.oci.image.index.v1+json",
+        "size": len(registry.manifests["a/b", index][1]),
+    }
+    assert cli("resolve", reference)[1] == f"{index}\n"
+    config = json.loads(registry.manifests["a/b", manifest][1])["config"]["digest"]
+    assert cli("config", reference)[1].encode() == registry.blobs[config]
+    assert cli.json("key", reference).keys() == {"manifest_key", "chain_id"}
+
+
+def test_plan_prints_the_dag_and_fetches_no_layer(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    plan = cli.json("plan", f"{registry.host}/a/b:1")
+    assert [layer["blob"] for layer in plan["layers"]] == ["need", "need"]
+    assert plan["fetch_bytes"] == sum(layer["size"] for layer in plan["layers"])
+    kinds = [step["kind"] for step in plan["steps"]]
+    assert kinds == ["fetch", "fetch", "stage", "stage", "commit", "commit"]
+    # Only the config, which is no layer.
+    assert registry.count("/blobs/") == 1
+
+
+def test_images_inspect_rm_and_gc(cli: Cli, registry: FakeRegistry) -> None:
+    digest = registry.add_image("a/b", "1", LAYERS)
+    reference = f"{registry.host}/a/b:1"
+    assert cli("images")[:2] == (0, "")
+    pulled = cli.json("pull", reference, "-q")
+    row = cli.json("images")
+    assert (row["reference"], row["digest"], row["unpacked"]) == (reference, digest, True)
+    inspected = cli.json("inspect", reference)
+    assert inspected["blob_mapping"] == {
+        layer["chain_id"]: layer["digest"] for layer in pulled["layers"]
+    }
+    assert cli("rm", reference)[0] == 0
+    assert cli("rm", reference)[0] == 3
+    assert cli("images")[1] == ""
+    status, _, _ = cli("gc")
+    assert status == 0
+    left = [path for path in (cli.store / "blobs").rglob("*") if path.is_file()]
+    assert left == []
+    assert list((cli.store / "snapshots").iterdir()) == []
+
+
+def test_a_pinned_image_outlives_pressure(cli: Cli, registry: FakeRegistry) -> None:
+    for tag in ("1", "2"):
+        registry.add_image("a/b", tag, [small_tar({tag: tag.encode()})])
+        cli("pull", f"{registry.host}/a/b:{tag}", "-q")
+    assert cli("pin", f"{registry.host}/a/b:1")[0] == 0
+    assert cli("gc", "--max-size", "0")[0] == 0
+    assert cli.json("images")["reference"] == f"{registry.host}/a/b:1"
+    assert cli("unpin", f"{registry.host}/a/b:1")[0] == 0
+    cli("gc", "--max-size", "0")
+    assert cli("images")[1] == ""
+
+
+def test_rootfs_pulls_what_is_missing_and_refuses_a_full_destination(
+    cli: Cli, registry: FakeRegistry, tmp_path: Path
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    tree = tmp_path / "tree"
+    assert cli("rootfs", f"{registry.host}/a/b:1", str(tree), "--offline")[0] == 3
+    assert not tree.exists()
+    assert cli("rootfs", f"{registry.host}/a/b:1", str(tree))[0] == 0
+    assert (tree / "etc" / "a").read_bytes() == b"1"
+    assert (tree / "etc" / "b").read_bytes() == b"2"
+    status, _, err = cli("rootfs", f"{registry.host}/a/b:1", str(tree))
+    assert status == 7
+    assert str(tree) in err
+
+
+def test_events_are_json_lines_that_end(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    status, _, err = cli("pull", f"{registry.host}/a/b:1", "--progress", "json")
+    assert status == 0
+    last = {}
+    for line in err.splitlines():
+        event = json.loads(line)
+        previous = last.get((event["kind"], event["id"]))
+        assert previous is None or event["current"] >= previous["current"]
+        last[event["kind"], event["id"]] = event
+    kinds = {kind for kind, _ in last}
+    assert {"resolve", "blob", "layer", "commit", "image"} <= kinds
+    final = {"resolved", "done", "exists", "applied", "committed"}
+    assert {event["status"] for event in last.values()} <= final
+
+
+def test_a_failed_pull_ends_every_event(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    registry.fault("/blobs/", Fault(status=404), repeat=True)
+    status, _, err = cli("pull", f"{registry.host}/a/b:1", "--progress", "json")
+    assert status == 3
+    last = {}
+    for line in err.splitlines():
+        if line.startswith("{"):
+            event = json.loads(line)
+            last[event["kind"], event["id"]] = event["status"]
+    assert last["image", f"{registry.host}/a/b:1"] == "failed"
+    assert not {"downloading", "waiting", "applying", "retrying", "resolving"} & set(last.values())
+
+
+def test_reference_and_platform_answer_in_order(cli: Cli) -> None:
+    status, out, _ = cli("reference", "debian", "A b", "--", "-x")
+    answers = [json.loads(line) for line in out.splitlines()]
+    assert status == 1
+    assert [answer["input"] for answer in answers] == ["debian", "A b", "-x"]
+    assert answers[0]["canonical"] == "docker.io/library/debian:latest"
+    assert "error" in answers[1]
+    status, out, _ = cli("platform", "linux/arm/v7")
+    assert json.loads(out)["formatted"] == "linux/arm/v7"
