@@ -191,8 +191,8 @@ def gc_command(context: Context, dry_run: bool, max_size: str | None, min_free: 
 
     from stowray.pipeline.collect import collect
 
-    limits = {"max_size": _size(max_size), "min_free": _size(min_free)}
-    report = collect(context.open_store(), dry_run=dry_run, **limits)
+    most, least = _size(max_size), _size(min_free)
+    report = collect(context.open_store(), dry_run=dry_run, max_size=most, min_free=least)
     if context.json:
         _say(json.dumps(asdict(report)))
     else:
