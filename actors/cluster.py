@@ -108,7 +108,7 @@ def start_fetcher(node_id: str, store: str) -> ActorProxy[FetchActor]:
     """Start a fetcher on a node."""
     from stowray.actors.fetcher import FetchActor
 
-    remote = _remote(FetchActor, work=64, control=2)
+    remote = _remote(FetchActor, work=64, control=2, life=1)
     return remote.options(**Placement(node_id).options()).remote(store)
 
 
@@ -116,7 +116,7 @@ def start_unpacker(node_id: str) -> ActorProxy[UnpackActor]:
     """Start an unpacker on a node."""
     from stowray.actors.unpacker import UnpackActor
 
-    remote = _remote(UnpackActor, work=16, control=2)
+    remote = _remote(UnpackActor, work=16, control=2, life=1)
     return remote.options(**Placement(node_id).options()).remote()
 
 
@@ -148,6 +148,14 @@ def end(actor: Any) -> None:
     """End an actor's process at once; one that is gone already is no error."""
     with contextlib.suppress(ray.exceptions.RayError, ValueError, RuntimeError):
         ray.kill(actor, no_restart=True)
+
+
+def when_ended(actor: Any, callback: Callable[[], None]) -> None:
+    """Call ``callback``, on a thread of Ray's, when the actor's process has ended.
+
+    The actor's ``live`` never returns, so that its call ends only with the process.
+    """
+    actor.live.remote().future().add_done_callback(lambda _done: callback())
 
 
 def own_handle() -> Any:

@@ -45,7 +45,7 @@ CANCEL_SECONDS = 4.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Link:
+class Link:
     """A connection to a Ray and the actors that serve this engine."""
 
     ray: RayAddress
@@ -69,8 +69,13 @@ class RayEngine(LocalEngine):
     ) -> None:
         super().__init__(settings, progress=progress, store=store)
         self._stack = ExitStack()
-        self._link: _Link | None = None
+        self._link: Link | None = None
         self._connecting = threading.Lock()
+
+    @property
+    def link(self) -> Link:
+        """Return the connection and the actors behind this engine, connecting if need be."""
+        return self._connected()
 
     def connect(self) -> None:
         """Connect now instead of with the first pull.
@@ -176,7 +181,7 @@ class RayEngine(LocalEngine):
 
     def _ask(
         self,
-        link: _Link,
+        link: Link,
         actor: Any,
         method: Any,
         request: dict[str, Any],
@@ -212,7 +217,7 @@ class RayEngine(LocalEngine):
                 raise from_wire(*reply["error"])
             return reply
 
-    def _connected(self) -> _Link:
+    def _connected(self) -> Link:
         with self._connecting:
             if self._link is None:
                 try:
@@ -222,7 +227,7 @@ class RayEngine(LocalEngine):
                     raise
             return self._link
 
-    def _connect(self) -> _Link:
+    def _connect(self) -> Link:
         address = self.settings.address or os.environ.get("RAY_ADDRESS", "")
         if "://" in address:
             raise UsageError(
@@ -240,10 +245,10 @@ class RayEngine(LocalEngine):
             return self._crew_of_session(ray)
         return self._crew_of_run(self._stack.enter_context(embedded_ray()))
 
-    def _crew_of_session(self, ray: RayAddress) -> _Link:
+    def _crew_of_session(self, ray: RayAddress) -> Link:
         from stowray.actors import cluster
 
-        return _Link(
+        return Link(
             ray=ray,
             resolver=cluster.find_actor("resolver"),
             progress=cluster.find_actor("progress"),
@@ -252,7 +257,7 @@ class RayEngine(LocalEngine):
             is_session=True,
         )
 
-    def _crew_of_run(self, ray: RayAddress) -> _Link:
+    def _crew_of_run(self, ray: RayAddress) -> Link:
         from stowray.actors import cluster
 
         if not ray.is_own:
@@ -268,7 +273,7 @@ class RayEngine(LocalEngine):
             # An embedded Ray ends with all that is in it; elsewhere our actors go with us.
             for actor in (node, resolver, progress):
                 self._stack.callback(cluster.end, actor)
-        return _Link(ray, resolver, progress, node, HeadWatch(ray.address), is_session=False)
+        return Link(ray, resolver, progress, node, HeadWatch(ray.address), is_session=False)
 
     def _require_like(self, ray: RayAddress) -> None:
         from stowray.actors import foreign

@@ -7,6 +7,7 @@ on at the same byte.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -63,3 +64,8 @@ class FetchActor:
     def pid(self) -> int:
         """Return the number of this process."""
         return os.getpid()
+
+    @ray.method(concurrency_group="life")
+    def live(self) -> None:
+        """Wait for ever: the end of this call tells the caller that the process has ended."""
+        threading.Event().wait()

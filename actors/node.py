@@ -52,14 +52,16 @@ class NodeActor:
             fetchers=Pool(
                 f"fetch/{node}",
                 max(1, unpackers // 4),
-                lambda _name: cluster.start_fetcher(node_id, store),
-                cluster.end,
+                start=lambda _name: cluster.start_fetcher(node_id, store),
+                end=cluster.end,
+                watch=cluster.when_ended,
             ),
             unpackers=Pool(
                 f"unpack/{node}",
                 unpackers,
-                lambda _name: cluster.start_unpacker(node_id),
-                cluster.end,
+                start=lambda _name: cluster.start_unpacker(node_id),
+                end=cluster.end,
+                watch=cluster.when_ended,
             ),
         )
         self._syncer = _Syncer(self._store, self._tasks) if stays else None

@@ -1,7 +1,7 @@
 """A fixed number of like actors; the least busy gets the next task, a dead one is replaced.
 
-Invariant: a member that was lost is replaced once, however many of its tasks report the loss; a
-task is counted from the moment a member was chosen for it until it ends.
+Invariant: a member whose process has ended gets no task, whether it was busy or idle when it ended,
+and is replaced once; a task is counted from the moment a member was chosen for it until it ends.
 """
 
 from __future__ import annotations
@@ -20,34 +20,45 @@ Actor = TypeVar("Actor")
 class Member(Generic[Actor]):
     """One actor of a pool; ``name`` changes with each replacement."""
 
-    place: int
     name: str
     actor: Actor
     tasks: int = 0
+    is_lost: bool = False
+
+    def lose(self) -> None:
+        """Note that the process has ended; called from whatever thread learns of it."""
+        self.is_lost = True
 
 
 class Pool(Generic[Actor]):
-    """The members; ``start(name)`` makes an actor at once, ``end(actor)`` kills one."""
+    """The members; ``start(name)`` makes an actor at once, ``end(actor)`` kills one.
+
+    ``watch(actor, lose)`` calls ``lose`` when the actor's process has ended.
+    """
 
     def __init__(
         self,
         name: str,
         size: int,
+        *,
         start: Callable[[str], Actor],
         end: Callable[[Actor], None],
+        watch: Callable[[Actor, Callable[[], None]], None],
     ) -> None:
         self.name = name
         self.size = max(1, size)
         self._start = start
         self._end = end
+        self._watch = watch
         self._lock = threading.Lock()
         self._made = 0
         self._closed = False
-        self._members = [self._make(place) for place in range(self.size)]
+        self._members = [self._make() for _ in range(self.size)]
 
     def take(self) -> Member[Actor]:
-        """Return the member with the fewest tasks, counting one more on it."""
+        """Return the living member with the fewest tasks, counting one more on it."""
         with self._lock:
+            self._replace_lost()
             member = min(self._members, key=lambda member: member.tasks)
             member.tasks += 1
             return member
@@ -56,15 +67,14 @@ class Pool(Generic[Actor]):
         """Count one task less on ``member``; one that was lost makes room for a new actor."""
         with self._lock:
             member.tasks -= 1
-            if not is_lost or self._closed or self._members[member.place] is not member:
-                return
-            self._members[member.place] = self._make(member.place)
-        # It may live yet, cut off or wedged: two of them must not work in one place.
-        self._end(member.actor)
+            if is_lost:
+                member.lose()
+                self._replace_lost()
 
     def members(self) -> list[Member[Actor]]:
         """Return the present members."""
         with self._lock:
+            self._replace_lost()
             return list(self._members)
 
     def close(self) -> None:
@@ -75,7 +85,18 @@ class Pool(Generic[Actor]):
         for member in members:
             self._end(member.actor)
 
-    def _make(self, place: int) -> Member[Actor]:
+    def _replace_lost(self) -> None:
+        if self._closed:
+            return
+        for place, member in enumerate(self._members):
+            if member.is_lost:
+                # It may live yet, only out of reach: two must not work in one place.
+                self._end(member.actor)
+                self._members[place] = self._make()
+
+    def _make(self) -> Member[Actor]:
         self._made += 1
         name = f"{self.name}/{self._made}"
-        return Member(place, name, self._start(name))
+        member = Member(name, self._start(name))
+        self._watch(member.actor, member.lose)
+        return member

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from typing import Any
 
 import ray
@@ -61,3 +62,8 @@ class UnpackActor:
     def pid(self) -> int:
         """Return the number of this process."""
         return os.getpid()
+
+    @ray.method(concurrency_group="life")
+    def live(self) -> None:
+        """Wait for ever: the end of this call tells the caller that the process has ended."""
+        threading.Event().wait()

@@ -19,6 +19,7 @@ from stowray.pipeline.errors import NodeError
 from stowray.pipeline.progress import Event
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 
@@ -59,6 +60,12 @@ def test_early_cancellations_are_bounded() -> None:
 class Actors:
     started: list[str] = field(default_factory=list)
     ended: list[str] = field(default_factory=list)
+    lose: dict[str, Callable[[], None]] = field(default_factory=dict)
+
+    def pool(self, size: int) -> Pool[str]:
+        return Pool(
+            "fetch", size, start=self.start, end=self.ended.append, watch=self.lose.__setitem__
+        )
 
     def start(self, name: str) -> str:
         self.started.append(name)
@@ -67,7 +74,7 @@ class Actors:
 
 def test_the_least_busy_member_is_taken() -> None:
     actors = Actors()
-    pool = Pool("fetch", 2, actors.start, actors.ended.append)
+    pool = actors.pool(2)
     first, second, third = pool.take(), pool.take(), pool.take()
     assert {first.name, second.name} == {"fetch/1", "fetch/2"}
     assert third is first
@@ -77,7 +84,7 @@ def test_the_least_busy_member_is_taken() -> None:
 
 def test_a_lost_member_is_replaced_once() -> None:
     actors = Actors()
-    pool = Pool("fetch", 1, actors.start, actors.ended.append)
+    pool = actors.pool(1)
     lost, same = pool.take(), pool.take()
     assert lost is same
     pool.give_back(lost, is_lost=True)
@@ -89,9 +96,18 @@ def test_a_lost_member_is_replaced_once() -> None:
     assert actors.ended == ["fetch/1", "fetch/2"]
 
 
+def test_members_that_died_idle_get_no_task() -> None:
+    actors = Actors()
+    pool = actors.pool(3)
+    for name in ("fetch/1", "fetch/3"):
+        actors.lose[name]()
+    assert {pool.take().name for _ in range(3)} == {"fetch/2", "fetch/4", "fetch/5"}
+    assert actors.ended == ["fetch/1", "fetch/3"]
+
+
 def test_a_closed_pool_replaces_nobody() -> None:
     actors = Actors()
-    pool = Pool("fetch", 1, actors.start, actors.ended.append)
+    pool = actors.pool(1)
     member = pool.take()
     pool.close()
     pool.give_back(member, is_lost=True)

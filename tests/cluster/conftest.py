@@ -1,0 +1,88 @@
+"""One embedded Ray and one crew for all cluster tests; what a test kills, the crew replaces."""
+
+# ruff: noqa: TID251 - the ban on the actors is for pipeline/
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# Ray reads it once, at its first import, which the tests below bring about.
+os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+
+from stowray.actors.embedded import embedded_ray
+from stowray.actors.engine import RayEngine
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.settings import RegistrySettings, Settings, UnpackSettings
+from tests.support.registry import FakeRegistry
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from stowray.actors.embedded import RayAddress
+
+HERE = Path(__file__).parent
+# What Ray itself does, and nothing can be done about from outside.
+RAY_WARNINGS = (
+    # Its log files are closed by the interpreter's end only.
+    "ignore:unclosed file <_io:ResourceWarning",
+    # ray.init leaves the processes that it started to be reaped by ray.shutdown.
+    "ignore:subprocess \\d+ is still running:ResourceWarning",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if HERE in item.path.parents:
+            item.add_marker(pytest.mark.cluster)
+            for warning in RAY_WARNINGS:
+                item.add_marker(pytest.mark.filterwarnings(warning))
+
+
+@pytest.fixture(scope="session")
+def ray_address() -> Iterator[RayAddress]:
+    with embedded_ray(num_cpus=2) as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def crew_settings(fast_tmp: Path) -> Settings:
+    return Settings(
+        store=str(fast_tmp / "cluster-store"),
+        node="here",
+        engine="ray",
+        registry=RegistrySettings(connections=4, stall_timeout_seconds=60.0),
+        unpack=UnpackSettings(workers=2),
+    )
+
+
+@pytest.fixture(scope="session")
+def engine(ray_address: RayAddress, crew_settings: Settings) -> Iterator[RayEngine]:
+    """The engine whose crew all tests share: starting one takes seconds."""
+    progress = Progress(node="driver")
+    engine = RayEngine(crew_settings, progress=progress)
+    engine.connect()
+    yield engine
+    engine.close()
+    progress.close()
+
+
+@pytest.fixture
+def registry() -> Iterator[FakeRegistry]:
+    with FakeRegistry() as registry:
+        yield registry
+
+
+@pytest.fixture
+def until() -> Callable[[Callable[[], bool]], None]:
+    """Wait until something has come about; the test's own deadline ends a wait in vain."""
+    import time
+
+    def wait(is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            time.sleep(0.01)
+
+    return wait
