@@ -10,7 +10,6 @@ nobody waiting.
 from __future__ import annotations
 
 import os
-import secrets
 import time
 from collections import Counter
 from contextlib import suppress
@@ -69,7 +68,7 @@ def collect(
     dry_run: bool = False,
     max_size: int | None = None,
     min_free: int | None = None,
-    ingest_seconds: float = INGEST_SECONDS,
+    ingest_seconds: float | None = None,
 ) -> Collected:
     """Remove what nothing needs; with a limit also forget the oldest unpinned, unused images."""
     with store.lock(LOCK, wait_seconds=LOCK_SECONDS):
@@ -78,7 +77,8 @@ def collect(
         stock = _Stock.take(store)
         evicted = _choose(store, stock, records, held, max_size, min_free)
         doomed = [*stock.unneeded([record for record in records if record not in evicted], held)]
-        ingests = _stale_ingests(store, ingest_seconds)
+        age = INGEST_SECONDS if ingest_seconds is None else ingest_seconds
+        ingests = _stale_ingests(store, age)
         report = Collected(
             references=tuple((record.reference, record.platform) for record in evicted),
             blobs=tuple(item.name for item in doomed if item.kind == "blob"),
@@ -99,12 +99,15 @@ def collect(
         except BaseException:
             os.close(bin_lock)
             raise
+    from stowray.pipeline.mount import sweep
+
     failpoint("collect-before-delete")
     try:
         remove_tree(bin_path)
     finally:
         os.close(bin_lock)
     _empty_bins(store)
+    sweep(store)
     return report
 
 
@@ -340,7 +343,7 @@ def _drop_ingest(path: Path) -> None:
 def _new_bin(store: Store) -> tuple[Path, int]:
     """Return a new directory under ``trash/``, locked against other collectors."""
     while True:
-        path = store.path / "trash" / secrets.token_hex(8)
+        path = store.path / "trash" / os.urandom(8).hex()
         with translated(path, "set aside what nobody needs"), suppress(FileNotFoundError):
             make_directory(path)
             descriptor = os.open(path, _OPEN_DIRECTORY)

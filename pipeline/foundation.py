@@ -10,7 +10,6 @@ from __future__ import annotations
 import fcntl
 import os
 import re
-import secrets
 import stat
 from typing import TYPE_CHECKING
 
@@ -111,7 +110,7 @@ def create_store(path: Path, descriptor: int) -> Capabilities | None:
             os.fchmod(descriptor, stat.S_IRWXU)
             for name in _DIRECTORIES:
                 make_directory(path / name)
-            replace_file(path / "nonce", secrets.token_hex(16).encode() + b"\n")
+            replace_file(path / "nonce", os.urandom(16).hex().encode() + b"\n")
             replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
             if other_entries(path, "") is None:
                 write_index(path, [], [])

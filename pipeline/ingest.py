@@ -21,7 +21,7 @@ from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import make_directory, storage_error, translated
 from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState
 from stowray.pipeline.journal import Checkpoint, Journal
-from stowray.pipeline.locks import is_current, open_lock, try_lock
+from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
 
 if TYPE_CHECKING:
     import hashlib
@@ -106,6 +106,7 @@ class Ingest:
         self._prefix = 0
         self._hashed = 0
         self._checkpoint = 0
+        self._reserved = 0
         self._islands: list[tuple[int, int]] = []  # written or being written beyond the prefix
         self._done: set[tuple[int, int]] = set()
         self._guard = threading.Lock()
@@ -152,21 +153,30 @@ class Ingest:
             return
         try:
             if not self._finished and self._journal is not None and self._data >= 0:
-                # The exact end, so that a later resume has proof up to here.
-                with suppress(OSError):
-                    self._catch_up(None, 0)
+                # The exact end, so that a later resume has proof up to here. On a full disk there
+                # is none, and the resume goes back to the last checkpoint.
+                with suppress(StorageError):
+                    self._catch_up(None, 0, wait=True)
                     self._note(self._journal)
                 if self._prefix == 0:
                     self._remove()
         finally:
-            if self._data >= 0:
-                os.close(self._data)
+            with translated(self._directory, "close an ingest"):
+                self._close()
+
+    def _close(self) -> None:
+        data, lock, self._data, self._lock = self._data, self._lock, -1, -1
+        try:
             if self._journal is not None:
                 self._journal.close()
             if self._state is not None:
+                unlock(self._state.descriptor)
                 self._state.close()
-            os.close(self._lock)
-            self._lock = self._data = -1
+            if data >= 0:
+                os.close(data)
+        finally:
+            unlock(lock)
+            os.close(lock)
 
     # -- writing ----------------------------------------------------------------------------------
 
@@ -188,6 +198,10 @@ class Ingest:
         view = memoryview(data).cast("B")
         if offset + len(view) > self.size:
             raise SizeMismatchError(str(self.digest), self.size, offset + len(view))
+        if offset >= self._reserved + CHECKPOINT_EVERY:
+            # Others fill the disk as well: stop before it is full for everybody.
+            self._reserved = offset
+            self._reserve()
         for start, end in self._claim(offset, offset + len(view)):
             part = view[start - offset : end - offset]
             try:
@@ -227,6 +241,9 @@ class Ingest:
         target = self._home.blob_path(self.digest)
         with translated(target, "commit a blob"):
             os.fchmod(self._data, 0o444)
+            # Some file systems tell only here that the bytes found no room (close(2)).
+            data, self._data = self._data, -1
+            os.close(data)
             failpoint("ingest-before-rename")
             self._data_path.rename(target)
         self._finished = True

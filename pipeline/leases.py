@@ -8,7 +8,6 @@ grown under the shared half of the collector's lock, so that a collector sees ea
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -73,7 +72,7 @@ class Lease:
     ) -> Lease:
         """Make a lease that is in force when the call returns."""
         suffix = _PERSISTENT if persistent else _HELD
-        path = store.path / "leases" / f"{secrets.token_hex(12)}{suffix}"
+        path = store.path / "leases" / f"{os.urandom(12).hex()}{suffix}"
         lease = cls(store, path, holder, persistent=persistent)
         lease._mount_point = mount_point
         lease.add(digests, chain_ids)
@@ -99,6 +98,7 @@ class Lease:
                 with translated(self.path, "end a lease"):
                     self.path.unlink(missing_ok=True)
         finally:
+            unlock(self._descriptor)
             os.close(self._descriptor)
             self._descriptor = -1
 
@@ -129,7 +129,7 @@ class Lease:
                 "begun": self._begun.payload(),
             }
         )
-        temporary = self.path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
+        temporary = self.path.with_name(f"{TEMPORARY}{os.urandom(8).hex()}")
         with translated(self.path, "make a lease"):
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             descriptor = os.open(temporary, flags, 0o600)
@@ -144,6 +144,7 @@ class Lease:
                 temporary.unlink(missing_ok=True)
                 raise
         if self._descriptor >= 0:
+            unlock(self._descriptor)
             os.close(self._descriptor)
         self._descriptor = descriptor
 

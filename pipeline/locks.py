@@ -37,7 +37,10 @@ def try_lock(descriptor: int, *, shared: bool = False) -> bool:
 
 
 def unlock(descriptor: int) -> None:
-    """Let an open file's lock go."""
+    """Let an open file's lock go.
+
+    Closing alone is not enough: a process forked meanwhile has the same open file.
+    """
     fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
@@ -94,5 +97,6 @@ def locked(
             if not keep and not shared:
                 with suppress(FileNotFoundError):
                     path.unlink()
+            unlock(descriptor)
     finally:
         os.close(descriptor)

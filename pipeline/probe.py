@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import os
-import secrets
 import stat
 from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
@@ -105,7 +104,7 @@ class Capabilities:
 
 def probe(store: Path) -> Capabilities:
     """Try everything in a scratch directory inside ``store``."""
-    scratch = store / f".probe-{secrets.token_hex(8)}"
+    scratch = store / f".probe-{os.urandom(8).hex()}"
     try:
         scratch.mkdir(0o700)
     except OSError as error:

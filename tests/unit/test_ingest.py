@@ -462,6 +462,27 @@ class TestFullDisk:
             ingest.commit()
         assert check_blobs(small.path) == {digest}
 
+    @pytest.mark.root
+    def test_others_that_fill_the_disk_stop_the_writer_before_it_is_full(
+        self, workspace: Path
+    ) -> None:
+        path = workspace / "small"
+        path.mkdir()
+        subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", str(path)], check=True)
+        try:
+            with Store.open(path / "store") as store:
+                store.reserve_bytes = 4 * MIB
+                digest = Digest.of(b"large")
+                with take(store, digest, 24 * MIB) as ingest:
+                    (path / "filler").write_bytes(bytes(8 * MIB))
+                    with pytest.raises(StorageError, match="stay in reserve"):
+                        while True:
+                            ingest.write(bytes(MIB))
+                    system = os.statvfs(path)
+                    assert system.f_bavail * system.f_frsize > store.reserve_bytes
+        finally:
+            subprocess.run(["umount", str(path)], check=True)
+
     def test_the_reserve_stays_free(self, store: Store) -> None:
         system = os.statvfs(store.path)
         store.reserve_bytes = system.f_bavail * system.f_frsize + (1 << 40)

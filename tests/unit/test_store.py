@@ -16,6 +16,7 @@ from stowray.pipeline.errors import (
     NotFoundError,
     StorageError,
 )
+from stowray.pipeline.leases import leases
 from stowray.pipeline.store import Store
 from tests.support.plain_user import plain_directory, run_plain
 from tests.support.stores import (
@@ -252,6 +253,15 @@ class TestBlobs:
         assert not store.has(digest)
         assert not store.blob_path(digest).exists()
 
+    def test_a_trusted_blob_can_be_proven_on_suspicion(self, store: Store) -> None:
+        digest = commit(store, b"content")
+        assert store.prove(digest)
+        store.blob_path(digest).chmod(0o644)
+        store.blob_path(digest).write_bytes(b"CONTENT")
+        assert not store.prove(digest)
+        assert not store.has(digest)
+        assert not store.prove(digest)
+
     def test_a_blob_of_another_size_is_not_the_one(self, store: Store) -> None:
         digest = commit(store, b"content")
         assert store.has(digest, 7)
@@ -398,6 +408,30 @@ with Store.open(sys.argv[1]).lock(sys.argv[2], wait_seconds=5):
         with store.lock("name", wait_seconds=30):
             pass
         process.communicate(timeout=60)
+
+    def test_a_forked_process_does_not_keep_the_lock(self, store: Store) -> None:
+        code = """
+store = Store.open(sys.argv[1])
+with store.lock("name", wait_seconds=5), store.lease("x", [Digest.of(b"1")]):
+    ingest = store.acquire(Digest.of(b"12"), 2)
+    ingest.write(b"1")
+    child = os.fork()
+    if child == 0:
+        sys.stdin.read()
+        os._exit(0)
+    ingest.close()
+say("released")
+os.waitpid(child, 0)
+"""
+        process = start(code, store.path)
+        listen(process, "released")
+        with store.lock("name", wait_seconds=0):
+            pass
+        ingest = store.acquire(Digest.of(b"12"), 2)
+        assert ingest is not None
+        ingest.close()
+        assert leases(store) == []
+        process.communicate("", timeout=60)
 
     def test_a_waiter_can_be_cancelled(self, store: Store) -> None:
         with (
