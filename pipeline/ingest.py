@@ -20,11 +20,10 @@ from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, Stor
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import make_directory, storage_error, translated
 from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState
-from stowray.pipeline.journal import Checkpoint, Journal
+from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
 from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
 
 if TYPE_CHECKING:
-    import hashlib
     from pathlib import Path
     from types import TracebackType
 
@@ -357,7 +356,9 @@ class Ingest:
         exposed = state.prefix
         # On the same boot the page cache has what was written; else only checkpoints are proof.
         same_boot = history.boot == (self._home.boot.boot_id, self._home.boot.host)
-        kept = self._prove(history.checkpoints, exposed, tail=same_boot)
+        kept, self._hasher = prove_prefix(
+            self._data, self.digest, history.checkpoints, exposed, tail=same_boot
+        )
         if kept < exposed:
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
@@ -371,36 +372,6 @@ class Ingest:
         self._note(journal)
         state.prefix = kept
         state.status = GROWING
-
-    def _prove(self, checkpoints: list[Checkpoint], exposed: int, *, tail: bool) -> int:
-        """Hash the partial again; return how much of it is as it was written."""
-        proven = 0
-        hasher = self.digest.hasher()
-        at = 0
-        ends = [point for point in checkpoints if point.offset <= exposed]
-        for point in ends:
-            at += self._hash_range(hasher, at, point.offset)
-            if at != point.offset or hasher.digest() != point.digest:
-                break
-            proven = at
-            self._hasher = hasher.copy()
-        else:
-            if tail:
-                self._hasher = hasher.copy()
-                proven += self._hash_range(self._hasher, proven, exposed)
-        if proven == 0:
-            self._hasher = self.digest.hasher()
-        return proven
-
-    def _hash_range(self, hasher: hashlib._Hash, start: int, end: int) -> int:
-        at = start
-        while at < end:
-            part = os.pread(self._data, min(_READ_SIZE, end - at), at)
-            if not part:
-                break
-            hasher.update(part)
-            at += len(part)
-        return at - start
 
     def _begin(self, state: IngestState, generation: int) -> None:
         """Start ``generation`` in a new empty file; followers of the old one are told first."""

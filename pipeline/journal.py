@@ -13,12 +13,15 @@ from typing import TYPE_CHECKING
 from stowray.pipeline.files import read_regular, replace_file, write_all
 
 if TYPE_CHECKING:
+    import hashlib
     from pathlib import Path
 
     from stowray.pipeline.clock import Boot
+    from stowray.pipeline.digest import Digest
 
 VERSION = 1
 _LIMIT = 64 << 20
+_READ_SIZE = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +101,40 @@ class Journal:
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def prove_prefix(
+    descriptor: int, digest: Digest, checkpoints: list[Checkpoint], exposed: int, *, tail: bool
+) -> tuple[int, hashlib._Hash]:
+    """Hash a partial again; return how much of it is as it was written, and the hash of that.
+
+    Without ``tail`` what lies beyond the last checkpoint is not believed.
+    """
+    hasher = digest.hasher()
+    proven, proven_hasher = 0, digest.hasher()
+    for point in checkpoints:
+        if point.offset > exposed:
+            break
+        _hash_range(descriptor, hasher, proven, point.offset)
+        if hasher.digest() != point.digest:
+            return proven, proven_hasher
+        proven, proven_hasher = point.offset, hasher.copy()
+    if tail:
+        proven += _hash_range(descriptor, hasher, proven, exposed)
+        return proven, hasher
+    return proven, proven_hasher
+
+
+def _hash_range(descriptor: int, hasher: hashlib._Hash, start: int, end: int) -> int:
+    """Add a range of a file to ``hasher``; return how many bytes it really had."""
+    at = start
+    while at < end:
+        part = os.pread(descriptor, min(_READ_SIZE, end - at), at)
+        if not part:
+            break
+        hasher.update(part)
+        at += len(part)
+    return at - start
 
 
 def _take(history: History, item: object) -> bool:

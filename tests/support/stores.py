@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import signal
 import stat
 import subprocess
 import sys
+import tarfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,9 +18,11 @@ from stowray.pipeline.clock import Boot
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.records import ReferenceRecord
+from stowray.pipeline.references import record_path
+from stowray.pipeline.snapshot import Snapshots
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Callable, Iterable, Iterator
 
     from stowray.pipeline.store import Store
 
@@ -148,3 +153,41 @@ def record(
         pinned=pinned,
         created=created,
     )
+
+
+def tar(name: str) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        member = tarfile.TarInfo(name)
+        member.size = 1000
+        archive.addfile(member, io.BytesIO(pattern(1000)))
+    return buffer.getvalue()
+
+
+def stow(store: Store, reference: str, *names: str, created: float = 1.0) -> ReferenceRecord:
+    """Put an image of one layer per name into the store, with its snapshots."""
+    snapshots = Snapshots(store)
+    parent: Digest | None = None
+    layers = []
+    for name in names:
+        data = tar(name)
+        blob = commit(store, data)
+        layers.append(blob)
+        text = f"{parent} {blob}".encode()
+        chain = blob if parent is None else Digest(f"sha256:{hashlib.sha256(text).hexdigest()}")
+
+        @contextmanager
+        def read(data: bytes = data) -> Iterator[Callable[[], bytes]]:
+            parts = iter([data, b""])
+            yield lambda: next(parts, b"")
+
+        snapshots.commit(chain, parent, blob, blob, read)
+        parent = chain
+    config = commit(store, f"config of {reference}".encode())
+    manifest = commit(store, f"manifest of {reference}".encode())
+    known = record(
+        manifest, reference, config=config, layers=layers, chain_id=str(parent), created=created
+    )
+    store.record_reference(known)
+    os.utime(record_path(store, reference, known.platform), (created, created))
+    return known

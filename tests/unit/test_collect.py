@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import hashlib
-import io
 import os
-import tarfile
 import threading
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import pytest
@@ -25,16 +21,16 @@ from tests.support.stores import (
     leftovers,
     listen,
     pattern,
-    record,
     run_killed,
     start,
+    stow,
+    tar,
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Iterator
     from pathlib import Path
 
-    from stowray.pipeline.records import ReferenceRecord
 
 HOLD = """
 store = Store.open(sys.argv[1])
@@ -51,44 +47,6 @@ with store.lease("pull") as lease:
 def store(workspace: Path) -> Iterator[Store]:
     with Store.open(workspace / "store") as store:
         yield store
-
-
-def tar(name: str) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as archive:
-        member = tarfile.TarInfo(name)
-        member.size = 1000
-        archive.addfile(member, io.BytesIO(pattern(1000)))
-    return buffer.getvalue()
-
-
-def stow(store: Store, reference: str, *names: str, created: float = 1.0) -> ReferenceRecord:
-    """Put an image of one layer per name into the store, with its snapshots."""
-    snapshots = Snapshots(store)
-    parent: Digest | None = None
-    layers = []
-    for name in names:
-        data = tar(name)
-        blob = commit(store, data)
-        layers.append(blob)
-        text = f"{parent} {blob}".encode()
-        chain = blob if parent is None else Digest(f"sha256:{hashlib.sha256(text).hexdigest()}")
-
-        @contextmanager
-        def read(data: bytes = data) -> Iterator[Callable[[], bytes]]:
-            parts = iter([data, b""])
-            yield lambda: next(parts, b"")
-
-        snapshots.commit(chain, parent, blob, blob, read)
-        parent = chain
-    config = commit(store, f"config of {reference}".encode())
-    manifest = commit(store, f"manifest of {reference}".encode())
-    known = record(
-        manifest, reference, config=config, layers=layers, chain_id=str(parent), created=created
-    )
-    store.record_reference(known)
-    os.utime(record_path(store, reference, known.platform), (created, created))
-    return known
 
 
 def content(store: Store) -> list[str]:
