@@ -399,7 +399,7 @@ class LayerApplier:
         name = source.pop()
         parent, beyond, _ = self.tree.resolve(source)
         if not beyond and parent is here and name == base:
-            return
+            raise LayerError(escape(entry.name), "is a hard link to itself")
         if _lies_in(parent, here, base):
             if self.lower is None:
                 raise DependsOnBelowError

@@ -131,7 +131,7 @@ class Sequential:
         *parents, name = target
         there = self._find(self._resolve(parents))
         if there is here and name == base:
-            return
+            raise RefusedError("link to itself")
         found = there.names.get(name) if there is not None else None
         if found is None or there is None or found.inode.kind == "directory":
             raise RefusedError("link to nothing or to a directory")

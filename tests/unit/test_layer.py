@@ -1,0 +1,450 @@
+"""One layer becomes one tree: the tables as root and as a plain user, attacks, limits, threads."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import io
+import os
+import stat
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stowray.pipeline.entry_list import read_entry_list
+from stowray.pipeline.errors import CancelledError, LayerError, StorageError
+from stowray.pipeline.layer import stage_layer
+from stowray.pipeline.limits import LayerLimits
+from stowray.pipeline.overlay import ChainView
+from stowray.pipeline.removal import remove_tree
+from tests.support.entries import Entry, directory, file, hardlink, opaque, symlink, whiteout
+from tests.support.layer_cases import all_checks, make_host, watch
+from tests.support.plain_user import plain_directory, run_plain
+from tests.support.stacks import reader, tar_bytes
+from tests.support.trees import read_view
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+ROOT = os.geteuid() == 0
+as_root = pytest.mark.skipif(not ROOT, reason="only root makes devices and changes owners")
+
+
+@pytest.fixture
+def base() -> Iterator[Path]:
+    """A directory in memory where there is one: thousands of small files are fast there."""
+    memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
+    path = Path(tempfile.mkdtemp(dir=memory, prefix="stowray-layer-"))
+    yield path
+    remove_tree(path)
+
+
+@pytest.fixture
+def tree(base: Path) -> Path:
+    (base / "tree").mkdir()
+    return base / "tree"
+
+
+def stage(tree: Path, entries: Sequence[Entry], privileged: bool = ROOT) -> None:
+    stage_layer(reader(tar_bytes(entries)), tree, privileged=privileged)
+
+
+@pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in all_checks()])
+def test_tables_hold(base: Path, check: Callable[[Path, bool], None]) -> None:
+    check(base, ROOT)
+
+
+TABLES_AS_PLAIN_USER = """
+import sys, traceback
+from pathlib import Path
+import msgpack, isal.igzip, queue
+from tests.support.layer_cases import all_checks
+become_plain()
+for number, (name, check) in enumerate(all_checks()):
+    place = Path(sys.argv[1]) / str(number)
+    place.mkdir()
+    try:
+        check(place, False)
+    except Exception:
+        print(name, traceback.format_exc())
+"""
+
+
+def test_tables_hold_as_a_plain_user() -> None:
+    with plain_directory() as place:
+        assert run_plain(TABLES_AS_PLAIN_USER, place) == ""
+
+
+def test_metadata_is_exact(tree: Path) -> None:
+    stage(
+        tree,
+        [
+            directory("./", 0o711, mtime="5.000000007"),
+            directory("d", 0o2750, mtime="-100.5"),
+            file("d/f", b"data", mode=0o640, mtime="1700000000.123456789", xattrs={"user.k": b"v"}),
+            symlink("l", "/nowhere/../x", mtime="7.000000001"),
+        ],
+    )
+    assert stat.S_IMODE(tree.stat().st_mode) == 0o711
+    assert tree.stat().st_mtime_ns == 5_000_000_007
+    assert stat.S_IMODE((tree / "d").stat().st_mode) == 0o2750
+    assert (tree / "d").stat().st_mtime_ns == -100_500_000_000
+    found = (tree / "d/f").stat()
+    assert (stat.S_IMODE(found.st_mode), found.st_mtime_ns) == (0o640, 1_700_000_000_123_456_789)
+    assert os.getxattr(tree / "d/f", "user.k") == b"v"
+    assert os.readlink(tree / "l") == "/nowhere/../x"
+    assert (tree / "l").lstat().st_mtime_ns == 7_000_000_001
+
+
+def test_times_beyond_the_file_system_are_clamped_not_wrapped(tree: Path) -> None:
+    stage(tree, [file("a", mtime=2**62), directory("d", mtime=2**62)])
+    assert (tree / "a").stat().st_mtime > 2**31
+    assert (tree / "d").stat().st_mtime > 2**31
+
+
+@as_root
+def test_owners_devices_setuid_and_capabilities_as_root(tree: Path) -> None:
+    capability = bytes.fromhex("0100000200200000000000000000000000000000")
+    stage(
+        tree,
+        [
+            file("su", b"x", mode=0o4755, uid=1000, gid=4294967294),
+            file("cap", b"x", mode=0o755, uid=7, xattrs={"security.capability": capability}),
+            Entry("null", tarfile.CHRTYPE, mode=0o666, device=(1, 3), gid=5),
+            Entry("disk", tarfile.BLKTYPE, mode=0o660, device=(4095, 1048575)),
+            Entry("pipe", tarfile.FIFOTYPE, mode=0o1777),
+        ],
+    )
+    found = (tree / "su").stat()
+    assert (found.st_mode & 0o7777, found.st_uid, found.st_gid) == (0o4755, 1000, 4294967294)
+    assert os.getxattr(tree / "cap", "security.capability") == capability
+    found = (tree / "null").stat()
+    assert stat.S_ISCHR(found.st_mode)
+    assert (found.st_rdev, found.st_mode & 0o7777, found.st_gid) == (os.makedev(1, 3), 0o666, 5)
+    assert (tree / "disk").stat().st_rdev == os.makedev(4095, 1048575)
+    found = (tree / "pipe").stat()
+    assert stat.S_ISFIFO(found.st_mode) and found.st_mode & 0o7777 == 0o1777
+
+
+PLAIN_RECORDS = """
+import sys, io
+from pathlib import Path
+import msgpack, isal.igzip, queue, tarfile
+from stowray.pipeline.overlay import ChainView
+from tests.support.entries import *
+from tests.support.stacks import commit, tar_bytes
+from tests.support.trees import read_view
+from tests.support.sequential import Sequential
+from tests.support.judge import differences
+lower = [
+    directory("d", 0, uid=5, xattrs={"user.dir": b"1"}),
+    file("d/x", b"x", mode=0, uid=70000, xattrs={"user.k": b"v", "security.capability": b"c" * 20}),
+    file("ro", b"r", mode=0o444, xattrs={"user.k": b"v"}),
+    Entry("null", tarfile.CHRTYPE, mode=0o666, device=(1, 3)),
+    Entry("disk", tarfile.BLKTYPE, mode=0o66, device=(8, 1)),
+    Entry("pipe", tarfile.FIFOTYPE, mode=0o6, uid=3),
+    symlink("l", "x", uid=4),
+    directory("closed", 0o555), directory("closed/in", 0o555), file("closed/in/y"),
+]
+upper = [
+    hardlink("d2/null", "null"), hardlink("x2", "d/x"), file("d/new"), whiteout("closed/in/y"),
+    file("ro", b"now default"), whiteout("gone/z"), hardlink("l2", "l"),
+]
+become_plain()
+base = Path(sys.argv[1])
+model = Sequential()
+trees = []
+for number, layer in enumerate([lower, upper]):
+    commit(tar_bytes(layer), base / f"layer{number}", trees, privileged=False)
+    trees.insert(0, base / f"layer{number}")
+    model.apply(layer)
+    with ChainView(trees, False) as view:
+        lines = differences(read_view(view), model.tree())
+    print(*lines, sep="\\n", end="")
+"""
+
+
+def test_a_plain_user_keeps_everything_in_the_entry_list() -> None:
+    with plain_directory() as place:
+        assert run_plain(PLAIN_RECORDS, place) == ""
+        assert (place / "layer0" / "null").is_file()
+        record = read_entry_list(place / "layer0")[b"null"]
+        assert (stat.S_ISCHR(record.file_type), record.device) == (True, (1, 3))
+
+
+def test_a_whiteout_device_in_a_layer_is_refused(tree: Path) -> None:
+    with pytest.raises(LayerError, match="0/0"):
+        stage(tree, [Entry("dev/zero", tarfile.CHRTYPE, device=(0, 0))])
+
+
+@pytest.mark.parametrize("name", ["../a", "a/../b", "/..", "a/.."])
+def test_names_that_climb_are_refused(tree: Path, name: str) -> None:
+    with pytest.raises(LayerError, match=r"\.\."):
+        stage(tree, [file(name)])
+
+
+def test_too_long_a_component_is_a_layer_error(tree: Path) -> None:
+    stage(tree, [file("a" * 255)])
+    with pytest.raises(LayerError):
+        stage(tree, [file("b" * 256)])
+
+
+@pytest.mark.parametrize("depth", [64, 1200])
+def test_any_depth_is_staged_and_read(tree: Path, depth: int) -> None:
+    path = "/".join(["deep"] * depth)
+    stage(tree, [file(path + "/f", b"x"), directory(path, 0o500, mtime=5), whiteout(path + "/g")])
+    with ChainView([tree], ROOT) as view:
+        nodes = list(view.walk())
+        assert len(nodes) == depth + 2
+        assert view.lookup(path.encode()).mtime_ns == 5 * 10**9
+
+
+def test_a_symlink_chain_longer_than_path_max_leads_nowhere(base: Path) -> None:
+    # CVE-2025-4517: realpath gives up beyond PATH_MAX and what is left is taken as harmless.
+    make_host(base)
+    check = watch(base)
+    (base / "layer0").mkdir()
+    entries: list[Entry] = []
+    prefix = ""
+    for letter in "abcdefghijklmnop":
+        long = letter * 247
+        entries += [directory(prefix + long), symlink(prefix + letter, long)]
+        prefix += letter + "/"
+    entries += [symlink(prefix + "l", "../" * 40 + "victim"), symlink("escape", prefix + "l")]
+    entries += [file("escape/hello", b"owned"), file("escape/flag", b"owned")]
+    stage(base / "layer0", entries)
+    check()
+    assert (base / "layer0/victim/hello").read_bytes() == b"owned"
+
+
+def test_other_names_of_a_replaced_file_keep_its_content(tree: Path) -> None:
+    stage(tree, [file("a", b"old"), hardlink("b", "a"), file("a", b"new"), hardlink("c", "b")])
+    assert (tree / "b").read_bytes() == b"old"
+    assert (tree / "a").read_bytes() == b"new"
+    assert (tree / "b").stat().st_ino == (tree / "c").stat().st_ino
+
+
+def test_overlay_attributes_are_not_taken_from_the_tar(tree: Path) -> None:
+    forged = {"trusted.overlay.opaque": b"y", "user.overlay.opaque": b"y", "user.k": b"v"}
+    staged = stage_layer(
+        reader(tar_bytes([directory("d", xattrs=forged), file("f", xattrs=forged)])),
+        tree,
+        privileged=ROOT,
+    )
+    for name in ("d", "f"):
+        assert os.listxattr(tree / name) == ["user.k"]
+    assert len(staged.warnings) == 4
+
+
+def test_hidden_attributes_on_symlinks_are_a_warning(tree: Path) -> None:
+    data = tar_bytes([symlink("s", "t", xattrs={"user.k": b"v"})])
+    staged = stage_layer(reader(data), tree, privileged=ROOT)
+    assert [line.partition(":")[0] for line in staged.warnings] == ["s"]
+
+
+def test_sparse_and_large_files_are_whole(base: Path, tree: Path) -> None:
+    content = os.urandom(3 << 20)
+    with (base / "holes").open("wb") as out:
+        out.seek(5 << 20)
+        out.write(content)
+        out.truncate(9 << 20)
+    for options in (["--sparse-version=1.0"], ["--format=gnu"]):
+        archive = base / "holes.tar"
+        subprocess.run(["tar", "-C", base, "-S", *options, "-cf", archive, "holes"], check=True)
+        stage_layer(reader(archive.read_bytes(), 10_000), tree, privileged=ROOT)
+        assert (tree / "holes").read_bytes() == (base / "holes").read_bytes()
+
+
+def test_the_diff_id_covers_the_padding(tree: Path) -> None:
+    data = tar_bytes([file("a", b"x")]) + bytes(20480) + b"behind the end" + bytes(100)
+    staged = stage_layer(reader(data, 777), tree, privileged=ROOT)
+    assert staged.diff_id == "sha256:" + hashlib.sha256(data).hexdigest()
+    assert staged.tar_size == len(data)
+    assert (staged.entries, staged.unpacked_size) == (1, 1)
+
+
+def test_modes_are_exact_whatever_the_umask(base: Path) -> None:
+    code = """
+import os, sys
+from pathlib import Path
+from tests.support.entries import *
+from tests.support.stacks import reader, tar_bytes
+from stowray.pipeline.layer import stage_layer
+os.umask(0o077)
+stage_layer(reader(tar_bytes([file("f", mode=0o666), directory("d", 0o777)])),
+            Path(sys.argv[1]), privileged=os.geteuid() == 0)
+"""
+    (base / "tree").mkdir()
+    subprocess.run(
+        [sys.executable, "-c", code, base / "tree"],
+        check=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert (base / "tree/f").stat().st_mode & 0o7777 == 0o666
+    assert (base / "tree/d").stat().st_mode & 0o7777 == 0o777
+
+
+class GenerationChanged(Exception):  # noqa: N818
+    """As the follower of an ingest raises it."""
+
+
+def test_what_read_raises_passes_through_and_no_thread_is_left(tree: Path) -> None:
+    before = threading.active_count()
+    data = io.BytesIO(tar_bytes([file("a", os.urandom(1 << 20))]))
+
+    def read() -> bytes:
+        if chunk := data.read(1 << 18):
+            return chunk
+        raise GenerationChanged
+
+    with pytest.raises(GenerationChanged):
+        stage_layer(read, tree, privileged=ROOT)
+    assert threading.active_count() == before
+
+
+def test_a_bad_entry_ends_all_threads_with_much_left_to_read(tree: Path) -> None:
+    before = threading.active_count()
+    data = tar_bytes([file("../a"), file("b", bytes(64 << 20))])
+    with pytest.raises(LayerError):
+        stage_layer(reader(data), tree, privileged=ROOT)
+    assert threading.active_count() == before
+
+
+def test_cancelling_ends_the_stage(tree: Path) -> None:
+    chunks = 0
+
+    def read() -> bytes:
+        nonlocal chunks
+        chunks += 1
+        return bytes(512)
+
+    with pytest.raises(CancelledError):
+        stage_layer(read, tree, privileged=ROOT, cancelled=lambda: chunks >= 5)
+
+
+def test_progress_tells_the_bytes_of_the_stream(tree: Path) -> None:
+    seen: list[int] = []
+    data = tar_bytes([file("a", bytes(100_000))])
+    stage_layer(reader(data, 10_000), tree, privileged=ROOT, report=seen.append)
+    assert seen == sorted(seen)
+    assert seen[-1] == len(data)
+
+
+@pytest.mark.parametrize(
+    ("limits", "entries"),
+    [
+        pytest.param(LayerLimits(entries=2), [file("a"), file("b"), file("c")], id="entries"),
+        pytest.param(LayerLimits(unpacked_size=10), [file("a", bytes(11))], id="unpacked size"),
+        pytest.param(LayerLimits(layer_size=5000), [file("a", bytes(9000))], id="layer size"),
+    ],
+)
+def test_limits_end_in_a_layer_error(tree: Path, limits: LayerLimits, entries: list[Entry]) -> None:
+    with pytest.raises(LayerError):
+        stage_layer(reader(tar_bytes(entries)), tree, limits=limits, privileged=ROOT)
+
+
+def test_a_file_larger_than_the_disk_is_refused_before_it_is_written(tree: Path) -> None:
+    header = tarfile.TarInfo("huge")
+    header.size = 200 << 30
+    if os.statvfs(tree).f_bavail * os.statvfs(tree).f_frsize > header.size:
+        pytest.skip("this disk has room for it")
+    data = header.tobuf(tarfile.GNU_FORMAT) + bytes(1 << 20)
+    with pytest.raises(StorageError, match="needs"):
+        stage_layer(reader(data), tree, privileged=ROOT)
+
+
+@as_root
+def test_a_full_disk_is_a_storage_error(base: Path) -> None:
+    small = base / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", small], check=True)
+    try:
+        (small / "tree").mkdir()
+        with pytest.raises(StorageError, match="disk is full"):
+            stage(small / "tree", [file("a", bytes(900_000)), file("b", bytes(900_000))])
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_many_opaque_markers_in_one_tree_cost_no_walks(tree: Path) -> None:
+    entries = [file(f"d/{number}/f") for number in range(3000)]
+    entries += [opaque(f"d/{number}") for number in range(3000)] + [opaque("d")] * 3000
+    stage(tree, entries)
+    assert len(os.listdir(tree / "d")) == 3000
+
+
+def test_no_descriptor_is_left(tree: Path) -> None:
+    before = os.listdir("/proc/self/fd")
+    stage(tree, [file(f"{number}/a/b/c/f") for number in range(200)])
+    assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+def test_attributes_inherited_from_the_store_stay_out(base: Path) -> None:
+    (base / "tree").mkdir()
+    os.chmod(base / "tree", 0o2777)
+    stage(base / "tree", [file("d/f"), directory("e")])
+    assert (base / "tree/e").stat().st_mode & 0o7777 == 0o755
+    with ChainView([base / "tree"], ROOT) as view:
+        assert {node.gid for node in view.walk()} == {0}
+
+
+RENAME_EXCHANGE = 2
+
+
+def test_swapping_directories_for_links_meanwhile_leads_nobody_out(base: Path) -> None:
+    make_host(base)
+    check = watch(base)
+    names = [f"d{number}" for number in range(4)]
+    entries: list[Entry] = []
+    for number in range(3000):
+        place = f"{names[number % 4]}/s{number % 7}"
+        entries += [file(f"{place}/hello", b"owned"), directory(names[number % 4], 0o777)]
+        entries += [whiteout(f"{names[number % 4]}/f"), hardlink(f"{place}/l", f"{place}/hello")]
+    blob = tar_bytes(entries)
+    swaps = [_stage_while_swapping(base, number, names, blob) for number in range(3)]
+    assert sum(swaps) > 0
+    check()
+
+
+def _stage_while_swapping(base: Path, number: int, names: list[str], blob: bytes) -> int:
+    tree, trap = base / f"layer{number}", base / f"layer-trap{number}"
+    tree.mkdir()
+    trap.mkdir()
+    for name in names:
+        (trap / name).symlink_to(base / "victim")
+    libc = ctypes.CDLL(None)
+    stop = threading.Event()
+    swaps = 0
+
+    def swap() -> None:
+        nonlocal swaps
+        while not stop.is_set():
+            for name in names:
+                first, second = os.fsencode(tree / name), os.fsencode(trap / name)
+                swaps += libc.renameat2(-100, first, -100, second, RENAME_EXCHANGE) == 0
+
+    thread = threading.Thread(target=swap)
+    thread.start()
+    try:
+        # Whether it notices is a matter of luck; what may never happen is a change outside.
+        with contextlib.suppress(StorageError):
+            stage_layer(reader(blob), tree, privileged=ROOT)
+    finally:
+        stop.set()
+        thread.join()
+    return swaps
+
+
+def test_the_merged_tree_of_one_layer_is_the_layer(tree: Path) -> None:
+    stage(tree, [directory("d", 0o700), file("d/a", b"1"), hardlink("b", "d/a"), symlink("l", "d")])
+    with ChainView([tree], ROOT) as view:
+        found = read_view(view)
+    assert sorted(found) == [b".", b"b", b"d", b"d/a", b"l"]
+    assert found[b"b"].links == (b"b", b"d/a")
