@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 BODY_LIMIT = 64 * 1024
 WARNING_LIMIT = 4096
+TEXT_LIMIT = 4096
 # Error codes that mean "come again", whatever the status.
 TEMPORARY_CODES = frozenset({"TOOMANYREQUESTS", "UNAVAILABLE", "BLOB_UPLOAD_INVALID"})
 
@@ -94,7 +95,8 @@ def describe(body: bytes) -> tuple[str, str]:
     try:
         document: Any = json.loads(body)
     except (ValueError, RecursionError):
-        text = body.decode("utf-8", "replace")
+        # Short, because the patterns' time grows with the square of the length.
+        text = body[:TEXT_LIMIT].decode("utf-8", "replace")
         code = _XML_CODE.search(text)
         return (code[1] if code else ""), " ".join(_TAGS.sub(" ", text).split())
     if not isinstance(document, dict):

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stowray.pipeline.answers import (
+    BODY_LIMIT,
     ContentRange,
     Refusal,
     describe,
@@ -22,6 +23,7 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
+from stowray.pipeline.redact import redact_text
 from tests.support.vectors import table
 
 TABLES = table("auth_transport")
@@ -124,6 +126,12 @@ def test_a_rate_limit_is_called_so() -> None:
 )
 def test_error_body(body: bytes, wanted: tuple[str, str]) -> None:
     assert describe(body) == wanted
+
+
+@pytest.mark.parametrize("unit", [b"<", b"<script ", b"token", b"a.b/", b"{"])
+def test_no_error_body_takes_long(unit: bytes) -> None:
+    code, message = describe(unit * (BODY_LIMIT // len(unit)))
+    assert len(redact_text(f"{code} {message} {unit.decode() * 10_000}")) < 1000
 
 
 @given(st.binary(max_size=80))
