@@ -8,17 +8,16 @@ those of the image, and nothing written to the result reaches the store; except 
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import stat
-from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Self
 
-from stowray.pipeline.errors import StorageError, escape
+from stowray.pipeline import file_content
+from stowray.pipeline.errors import CancelledError, StorageError, escape
 from stowray.pipeline.files import storage_error
-from stowray.pipeline.kernel import FICLONE
 from stowray.pipeline.open_directories import OpenDirectories
+from stowray.pipeline.overlay import ChainView
 from stowray.pipeline.tree_destination import building, check_destination
 from stowray.pipeline.tree_ops import (
     CREATE_FILE,
@@ -32,20 +31,20 @@ from stowray.pipeline.tree_ops import (
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from concurrent.futures import Future, ThreadPoolExecutor
     from pathlib import Path
 
     from stowray.pipeline.digest import Digest
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import Node
     from stowray.pipeline.store import Store
 
 __all__ = ["Flattened", "Link", "check_destination", "flatten", "write_rootfs"]
 
 Link = Literal["auto", "reflink", "copy", "hardlink"]
 
-# Up to here two calls through a buffer cost less than setting up a copy in the kernel.
-_SMALL = 128 << 10
-_CHUNK = 1 << 30
-_NO_CLONE = {errno.EOPNOTSUPP, errno.EXDEV, errno.EINVAL, errno.ENOTTY, errno.ENOSYS, errno.EPERM}
+# Files per task of a copying thread, and how many threads help at most.
+_BATCH = 128
+_THREADS = 4
 _NO_XATTR = {errno.ENOTSUP, errno.EPERM, errno.EACCES}
 
 
@@ -58,6 +57,14 @@ class Flattened:
     cloned: int = 0
     linked: int = 0
     skipped: list[str] = field(default_factory=list)
+
+    def add(self, other: Flattened) -> None:
+        """Count what another thread made."""
+        self.entries += other.entries
+        self.size += other.size
+        self.cloned += other.cloned
+        self.linked += other.linked
+        self.skipped += other.skipped
 
 
 def write_rootfs(
@@ -84,99 +91,211 @@ def flatten(
 ) -> Flattened:
     """Copy the merged tree of ``view`` to ``destination``, which is empty or does not exist.
 
-    Modes, owners (as root), times, extended attributes, hard links, devices and holes are those of
-    the image. ``link`` says how file contents come over: ``reflink`` shares blocks and fails where
-    the file system cannot, ``copy`` copies, ``auto`` is the better of both for each file, and
-    ``hardlink`` makes the store's own files appear, for a result that nobody writes to.
+    ``link`` says how file contents come over: ``reflink`` shares blocks and fails where the file
+    system cannot, ``copy`` copies, ``auto`` is the better of both for each file, and ``hardlink``
+    makes the store's own files appear, for a result that nobody writes to.
     """
-    with building(destination) as root, OpenDirectories(root) as directories:
-        copier = _Copier(view, directories, link, cancelled)
+    with building(destination) as root, _Crew(view, root, destination, link) as crew:
+        return _Walk(view, crew, cancelled).run()
+
+
+class _Walk:
+    """Makes directories and all that is no file itself, and hands the files to the crew."""
+
+    def __init__(self, view: ChainView, crew: _Crew, cancelled: Callable[[], bool] | None) -> None:
+        self._view = view
+        self._crew = crew
+        self._own = crew.copier(view)
+        self._cancelled = cancelled
+        self._names: dict[tuple[int, int], bytes] = {}
+
+    def run(self) -> Flattened:
+        directories: list[Node] = []
+        links: list[tuple[bytes, Node]] = []
+        batch: list[Node] = []
+        for node in self._view.walk():
+            if node.is_directory:
+                self._check_cancelled()
+                directories.append(node)
+                if node.path:
+                    self._own.do(self._own.directory, node)
+            elif node.links > 1 and self._names.setdefault(node.inode, node.path) != node.path:
+                links.append((self._names[node.inode], node))
+            elif node.is_file:
+                batch.append(node)
+                if len(batch) == _BATCH:
+                    self._crew.submit(batch)
+                    batch = []
+            else:
+                self._own.do(self._own.special, node)
+        for node in batch:
+            self._own.do(self._own.file, node)
+        result = self._crew.finish()
+        for first, node in links:
+            self._own.do(self._own.link, node, first)
+        # From the leaves up: a closed directory must not bar the way to those below it, and
+        # creating a name changes its directory's times.
+        for node in reversed(directories):
+            self._own.do(self._own.finish_directory, node)
+        result.add(self._own.result)
+        return result
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise CancelledError("rootfs")
+
+
+class _Crew:
+    """Threads that copy files, each with descriptors of its own; started when there is enough."""
+
+    def __init__(self, view: ChainView, root: int, destination: Path, link: Link) -> None:
+        self._view = view
+        self._root = root
+        self._destination = destination
+        self._link = link
+        self._pool: ThreadPoolExecutor | None = None
+        self._free: list[_Copier] = []
+        self._made: list[_Copier] = []
+        self._tasks: list[Future[None]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+        for copier in self._made:
+            copier.close()
+
+    def copier(self, view: ChainView | None = None) -> _Copier:
+        """Return a new copier; with a ``view`` of its own unless one is given."""
+        own = view or ChainView(self._view.lowers, self._view.privileged)
+        copier = _Copier(own, self._root, self._destination, self._link, owns=view is None)
+        self._made.append(copier)
+        return copier
+
+    def submit(self, nodes: list[Node]) -> None:
+        """Have files copied some time before :meth:`finish` returns."""
+        if self._pool is None:
+            from concurrent.futures import ThreadPoolExecutor
+
+            count = min(_THREADS, len(os.sched_getaffinity(0)))
+            self._pool = ThreadPoolExecutor(count, thread_name_prefix="rootfs")
+            self._free = [self.copier() for _ in range(count)]
+        self._tasks.append(self._pool.submit(self._work, nodes))
+
+    def finish(self) -> Flattened:
+        """Wait for all copies, raise the first failure, and return what was made."""
+        for task in self._tasks:
+            task.result()
+        result = Flattened()
+        for copier in self._free:
+            result.add(copier.result)
+        return result
+
+    def _work(self, nodes: list[Node]) -> None:
+        # There are as many copiers as threads: one is always free.
+        copier = self._free.pop()
         try:
-            return copier.run()
-        except OSError as error:
-            place = destination / os.fsdecode(copier.current)
-            raise storage_error(error, escape(os.fsencode(place)), "write the tree") from error
+            for node in nodes:
+                copier.do(copier.file, node)
+        finally:
+            self._free.append(copier)
 
 
 class _Copier:
-    """One walk over the merged tree; ``current`` is the path at work, for messages."""
+    """Makes single entries; not shared between threads."""
 
     def __init__(
-        self,
-        view: ChainView,
-        directories: OpenDirectories,
-        link: Link,
-        cancelled: Callable[[], bool] | None,
+        self, view: ChainView, root: int, destination: Path, link: Link, *, owns: bool
     ) -> None:
         self._view = view
-        self._directories = directories
+        self._owns = owns
+        self._destination = destination
+        self._directories = OpenDirectories(root)
         self._link = link
-        self._cancelled = cancelled
         self._clones = link in ("auto", "reflink")
         self._identity = (os.geteuid(), os.getegid())
         self._may_chown = self._identity[0] == 0
         self._umask = process_umask() | 0o7000
-        self._names: dict[tuple[int, int], bytes] = {}
         self.result = Flattened()
-        self.current = b""
 
-    def run(self) -> Flattened:
-        directories: list[Node] = []
-        for node in self._view.walk():
-            self.current = node.path
-            if node.is_directory:
-                directories.append(node)
-            if not node.path:
-                continue
-            above, _, name = node.path.rpartition(b"/")
-            # Looked up for each name: linking to another directory may have closed this one.
-            parent = self._directories.get(above)
-            self.result.entries += 1
-            if node.is_file:
-                self._file(node, parent, name)
-            elif node.is_directory:
-                self._check_cancelled()
-                os.mkdir(name, 0o700, dir_fd=parent)
-            else:
-                self._special(node, parent, name)
-        # From the leaves up: a closed directory must not bar the way to those below it, and
-        # creating a name changes its directory's times.
-        for node in reversed(directories):
-            self.current = node.path
-            self._finish_directory(node)
-        return self.result
+    def close(self) -> None:
+        self._directories.close()
+        if self._owns:
+            self._view.close()
 
-    def _check_cancelled(self) -> None:
-        if self._cancelled is not None and self._cancelled():
-            from stowray.pipeline.errors import CancelledError
-
-            raise CancelledError("rootfs")
-
-    def _linked(self, node: Node, name: bytes) -> bool:
-        """Make ``name`` a hard link when another name of the inode was made already."""
-        first = self._names.setdefault(node.inode, node.path)
-        if first == node.path:
-            return False
-        directory, _, base = first.rpartition(b"/")
-        source = os.dup(self._directories.get(directory))
+    def do(self, action: Callable[..., None], node: Node, *arguments: bytes) -> None:
+        """Carry out one method for a node and translate its failure."""
         try:
-            # Never follow: linkat() on a symlink would make a name for a file outside (H06).
-            target = self._directories.get(node.path.rpartition(b"/")[0])
-            os.link(base, name, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-        finally:
-            os.close(source)
-        return True
+            action(node, *arguments)
+        except OSError as error:
+            place = escape(os.fsencode(self._destination) + b"/" + node.path)
+            raise storage_error(error, place, "write the tree") from error
 
-    def _file(self, node: Node, parent: int, name: bytes) -> None:
-        if node.links > 1 and self._linked(node, name):
-            return
+    def directory(self, node: Node) -> None:
+        self.result.entries += 1
+        above, _, name = node.path.rpartition(b"/")
+        os.mkdir(name, 0o700, dir_fd=self._directories.get(above))
+
+    def finish_directory(self, node: Node) -> None:
+        descriptor = self._directories.get(node.path)
+        if self._may_chown:
+            self._chown(node, descriptor)
+        self._xattrs(node, descriptor)
+        os.fchmod(descriptor, node.mode)
+        os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
+
+    def link(self, node: Node, first: bytes) -> None:
+        """Make another name of ``first``, which was made before."""
+        self.result.entries += 1
+        source_directory, _, source = first.rpartition(b"/")
+        above, _, name = node.path.rpartition(b"/")
+        held = os.dup(self._directories.get(source_directory))
+        try:
+            os.link(
+                source,
+                name,
+                src_dir_fd=held,
+                dst_dir_fd=self._directories.get(above),
+                # linkat() on a symlink would otherwise make a name for what it points to.
+                follow_symlinks=False,
+            )
+        except FileNotFoundError:
+            # The first name is one of those that this user cannot make.
+            self.result.skipped.append(escape(node.path))
+        finally:
+            os.close(held)
+
+    def file(self, node: Node) -> None:
+        self.result.entries += 1
+        above, _, name = node.path.rpartition(b"/")
+        parent = self._directories.get(above)
         source = self._view.open(node)
         try:
-            if self._link == "hardlink" and self._share(node, source, parent, name):
-                return
-            self._copy(node, source, parent, name)
+            if self._link != "hardlink" or not self._share(node, source, parent, name):
+                self._copy(node, source, parent, name)
         finally:
             os.close(source)
+
+    def special(self, node: Node) -> None:
+        self.result.entries += 1
+        above, _, name = node.path.rpartition(b"/")
+        parent = self._directories.get(above)
+        if node.is_symlink:
+            os.symlink(self._view.readlink(node), name, dir_fd=parent)
+        else:
+            try:
+                os.mknod(name, node.file_type | 0o600, os.makedev(*node.device), dir_fd=parent)
+            except PermissionError:
+                self.result.skipped.append(escape(node.path))
+                return
+        if self._may_chown and (node.uid, node.gid) != self._identity:
+            self._chown(node, parent, name)
+        self._xattrs(node, name_path(parent, name))
+        if not node.is_symlink:
+            set_mode(parent, name, node.mode)
+        set_times(parent, name, node.mtime_ns)
 
     def _share(self, node: Node, source: int, parent: int, name: bytes) -> bool:
         status = os.fstat(source)
@@ -189,7 +308,8 @@ class _Copier:
         except OSError as error:
             if error.errno == errno.EXDEV:
                 raise StorageError(
-                    escape(name), "hard links need the destination on the store's file system"
+                    escape(os.fsencode(self._destination)),
+                    "hard links need a destination on the store's file system (use --link copy)",
                 ) from error
             if error.errno == errno.EMLINK:
                 return False
@@ -202,10 +322,9 @@ class _Copier:
         exact = not mode & self._umask
         target = os.open(name, CREATE_FILE, mode if exact else 0o600, dir_fd=parent)
         try:
-            size = node.size
-            if size:
-                self.result.size += size
-                self._contents(source, target, size)
+            if node.size:
+                self.result.size += node.size
+                self._contents(node, source, target)
             if self._may_chown and (node.uid, node.gid) != self._identity:
                 self._chown(node, target)
             if not self._view.privileged or os.listxattr(source):
@@ -216,48 +335,18 @@ class _Copier:
         finally:
             os.close(target)
 
-    def _contents(self, source: int, target: int, size: int) -> None:
+    def _contents(self, node: Node, source: int, target: int) -> None:
         if self._clones:
-            try:
-                fcntl.ioctl(target, FICLONE, source)
-            except OSError as error:
-                if error.errno not in _NO_CLONE:
-                    raise
-                if self._link == "reflink":
-                    raise StorageError(
-                        escape(self.current),
-                        "this file system cannot share blocks with the store (use --link copy)",
-                    ) from error
-                self._clones = False
-            else:
+            if file_content.clone(source, target):
                 self.result.cloned += 1
                 return
-        if size <= _SMALL:
-            data = os.read(source, size)
-            if len(data) == size:
-                os.write(target, data)
-                return
-            os.lseek(source, 0, os.SEEK_SET)
-        _copy_segments(source, target, size)
-
-    def _special(self, node: Node, parent: int, name: bytes) -> None:
-        if node.links > 1 and self._linked(node, name):
-            return
-        if node.is_symlink:
-            os.symlink(self._view.readlink(node), name, dir_fd=parent)
-        else:
-            try:
-                os.mknod(name, node.file_type | 0o600, os.makedev(*node.device), dir_fd=parent)
-            except PermissionError:
-                self.result.skipped.append(escape(node.path))
-                self._names.pop(node.inode, None)
-                return
-        if self._may_chown and (node.uid, node.gid) != self._identity:
-            self._chown(node, parent, name)
-        self._xattrs(node, name_path(parent, name))
-        if not node.is_symlink:
-            set_mode(parent, name, node.mode)
-        set_times(parent, name, node.mtime_ns)
+            if self._link == "reflink":
+                raise StorageError(
+                    escape(os.fsencode(self._destination)),
+                    "this file system cannot share blocks with the store (use --link copy)",
+                )
+            self._clones = False
+        file_content.copy(source, target, node.size)
 
     def _chown(self, node: Node, descriptor: int, name: bytes | None = None) -> None:
         try:
@@ -276,49 +365,3 @@ class _Copier:
             if error.errno not in _NO_XATTR:
                 raise error
             self.result.skipped.append(f"{escape(node.path)}: {escape(key)}")
-
-    def _finish_directory(self, node: Node) -> None:
-        descriptor = self._directories.get(node.path)
-        if self._may_chown:
-            self._chown(node, descriptor)
-        self._xattrs(node, descriptor)
-        os.fchmod(descriptor, node.mode)
-        os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
-
-
-def _copy_segments(source: int, target: int, size: int) -> None:
-    """Copy the data segments of a file and leave its holes (lseek(2), SEEK_DATA)."""
-    os.ftruncate(target, size)
-    position = 0
-    while position < size:
-        try:
-            start = os.lseek(source, position, os.SEEK_DATA)
-        except OSError as error:
-            if error.errno == errno.ENXIO:
-                return
-            raise
-        end = os.lseek(source, start, os.SEEK_HOLE)
-        _copy_range(source, target, start, min(end, size))
-        position = end
-
-
-def _copy_range(source: int, target: int, start: int, end: int) -> None:
-    offset = start
-    with suppress(OSError):
-        while offset < end:
-            count = os.copy_file_range(source, target, min(_CHUNK, end - offset), offset, offset)
-            if count == 0:
-                break
-            offset += count
-    # Another file system, or a kernel that refuses: the portable way for what is left, and it
-    # reports for good what is wrong.
-    os.lseek(source, offset, os.SEEK_SET)
-    os.lseek(target, offset, os.SEEK_SET)
-    while offset < end:
-        data = os.read(source, min(1 << 20, end - offset))
-        if not data:
-            raise OSError(errno.EIO, "the file became shorter while it was copied")
-        view = memoryview(data)
-        while view:
-            view = view[os.write(target, view) :]
-        offset += len(data)

@@ -17,7 +17,12 @@ PLAIN_UID = 65534
 
 # Modules are imported before the change of user: the interpreter may lie where others cannot read.
 DROP = f"""
-import ctypes, encodings.ascii, encodings.idna, os, random, selectors, subprocess, tempfile, threading
+import ctypes, importlib, os, pkgutil
+import concurrent.futures.thread, encodings.ascii, encodings.idna, mmap, random, selectors
+import subprocess, tempfile, isal.igzip, msgpack
+import stowray.pipeline
+for module in pkgutil.iter_modules(stowray.pipeline.__path__):
+    importlib.import_module(f"stowray.pipeline.{{module.name}}")
 def become_plain():
     if os.getuid() == 0:
         os.setgroups([])

@@ -379,9 +379,6 @@ def test_sweep_spares_live_writers(snapshots: Snapshots, store: Store) -> None:
 PLAIN = """
 import sys
 from pathlib import Path
-import stowray.pipeline.layer, stowray.pipeline.reconcile, stowray.pipeline.probe
-import isal.igzip, json, msgpack, stowray.pipeline.collect, stowray.pipeline.leases
-import stowray.pipeline.follower
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import Store
 from tests.support.chains import commit_chain
