@@ -22,6 +22,7 @@ from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import TEMPORARY, make_directory, translated
 from stowray.pipeline.ingest import discard_ingest
 from stowray.pipeline.leases import LOCK, LOCK_SECONDS, leases
+from stowray.pipeline.leftovers import is_abandoned, sweep_leftovers
 from stowray.pipeline.locks import is_current, open_lock, try_lock
 from stowray.pipeline.records import read_record
 from stowray.pipeline.references import last_used, remove_records, require_references
@@ -107,6 +108,7 @@ def collect(
     finally:
         os.close(bin_lock)
     _empty_bins(store)
+    sweep_leftovers(store)
     sweep(store)
     return report
 
@@ -178,7 +180,7 @@ class _Stock:
     def _take_layers(self, store: Store) -> None:
         for path in sorted((store.path / "layers").iterdir()):
             if path.name.startswith(TEMPORARY):
-                if _is_abandoned(path):
+                if is_abandoned(path):
                     self.items.append(_Item("workspace", path.name, path, 0, None, True))
                 continue
             record = read_record(path / "layer.json", store.trust)
@@ -283,7 +285,7 @@ def _stale_ingests(store: Store, ingest_seconds: float) -> list[Path]:
         for path in sorted(root.iterdir()):
             try:
                 if path.name.startswith(TEMPORARY):
-                    abandoned = _is_abandoned(path)
+                    abandoned = is_abandoned(path)
                 else:
                     # A clock that was set back makes ages negative: then it stays.
                     newest = max(
@@ -296,18 +298,6 @@ def _stale_ingests(store: Store, ingest_seconds: float) -> list[Path]:
             if abandoned:
                 stale.append(path)
     return stale
-
-
-def _is_abandoned(path: Path) -> bool:
-    """Say whether nobody holds the lock on a temporary file or directory."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        return try_lock(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _is_written(directory: Path) -> bool:

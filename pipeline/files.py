@@ -7,6 +7,7 @@ Invariant: a file that is replaced is either its old or its new self, never a mi
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 from contextlib import contextmanager, suppress
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
 # Temporary names start so; they are locked while they are written (gc removes the unlocked ones).
 TEMPORARY = ".tmp-"
+PROBE = ".probe-"
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space (`stowray gc`) or choose another --store",
@@ -109,6 +111,8 @@ def replace_file(path: Path, data: bytes, *, mode: int = 0o600, durable: bool = 
     )
     try:
         try:
+            # Whoever looks for leftovers removes only what nobody holds.
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
             write_all(descriptor, data)
             os.fchmod(descriptor, mode)
             if durable:

@@ -21,7 +21,7 @@ from stowray.pipeline.errors import (
 )
 from stowray.pipeline.files import translated
 from stowray.pipeline.ingest import GenerationChanged
-from stowray.pipeline.ingeststate import COMMITTED, IngestState
+from stowray.pipeline.ingeststate import COMMITTED, IngestState, boot_key
 from stowray.pipeline.locks import is_current, try_lock, unlock
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from pathlib import Path
     from types import TracebackType
 
+    from stowray.pipeline.clock import Boot
     from stowray.pipeline.digest import Digest
 
 READ_SIZE = 1 << 20
@@ -40,6 +41,8 @@ _TEST_EVERY = 0.05
 
 class Home(Protocol):
     """What a follower needs of its store."""
+
+    boot: Boot
 
     def ingest_path(self, digest: Digest) -> Path:
         """Return the directory of a digest's ingest."""
@@ -210,7 +213,10 @@ class Follower:
                 return False
             try:
                 generation = state.generation
-                if state.valid and state.size == self.size:
+                # What another host writes is seen when it is whole: network file systems show a
+                # growing file and its state in any order.
+                ours = state.boot == boot_key(self._home.boot)
+                if state.valid and state.size == self.size and ours:
                     self._data = os.open(
                         directory / f"data.{generation}",
                         os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC,
@@ -243,7 +249,7 @@ class Follower:
         """
         state = self._state
         if state is None:
-            return False
+            return self._others_live()
         if not try_lock(state.descriptor, shared=True):
             return True
         unlock(state.descriptor)
@@ -266,6 +272,19 @@ class Follower:
             self._stale = True
             raise GenerationChanged(str(self.digest))
         return self._committed
+
+    def _others_live(self) -> bool:
+        """Say whether somebody writes whose bytes cannot be read yet."""
+        state = IngestState.follow(self._home.ingest_path(self.digest) / "state")
+        if state is None:
+            return False
+        try:
+            if not try_lock(state.descriptor, shared=True):
+                return True
+            unlock(state.descriptor)
+            return False
+        finally:
+            state.close()
 
 
 class _Waiting:

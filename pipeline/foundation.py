@@ -17,6 +17,7 @@ from stowray.pipeline.digest import HEX_LENGTHS
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import (
+    PROBE,
     TEMPORARY,
     make_directory,
     read_regular,
@@ -101,7 +102,7 @@ def create_store(path: Path, descriptor: int) -> Capabilities | None:
                 return None
             ours = {name.partition("/")[0] for name in _DIRECTORIES} | _OTHERS
             for entry in path.iterdir():
-                if entry.name not in ours and not entry.name.startswith((TEMPORARY, ".probe-")):
+                if entry.name not in ours and not entry.name.startswith((TEMPORARY, PROBE)):
                     raise StorageError(
                         str(path), "not empty and not a store: choose another --store"
                     )

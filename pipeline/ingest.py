@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Protocol
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import make_directory, storage_error, translated
-from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState
+from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState, boot_key
 from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
 from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
 
@@ -96,6 +96,7 @@ class Ingest:
         self.size = size
         self.generation = 0
         self._home = home
+        self._boot = boot_key(home.boot)
         self._directory = directory
         self._lock = lock
         self._state: IngestState | None = None
@@ -249,8 +250,9 @@ class Ingest:
         failpoint("ingest-after-rename")
         self._home.record_blob(self.digest, self.size)
         failpoint("ingest-after-record")
-        if self._state is not None:
-            self._state.status = COMMITTED
+        with translated(self._directory, "tell that the blob is committed"):
+            if self._state is not None:
+                self._state.set_status(COMMITTED, self._boot)
         self._remove()
 
     # -- internals --------------------------------------------------------------------------------
@@ -300,7 +302,10 @@ class Ingest:
                 self._done.discard(part)
                 self._prefix = part[1]
             if self._state is not None:
-                self._state.prefix = self._prefix
+                try:
+                    self._state.expose(self._prefix)
+                except OSError as error:
+                    raise storage_error(error, self._directory, "tell how far it is") from error
 
     def _catch_up(self, view: memoryview | None, start: int, *, wait: bool = False) -> None:
         """Hash up to the prefix: from memory where ``view`` goes on, else back from the file."""
@@ -362,7 +367,7 @@ class Ingest:
         if kept < exposed:
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
-            state.begin(generation + 1, self.size)
+            state.begin(generation + 1, self.size, self._boot)
             self.generation = generation + 1
             old.rename(self._data_path)
         os.ftruncate(self._data, kept)
@@ -370,15 +375,15 @@ class Ingest:
         journal.rewrite(self.generation, self._home.boot, history.until(kept))
         self._checkpoint = history.last(kept)
         self._note(journal)
-        state.prefix = kept
-        state.status = GROWING
+        state.expose(kept)
+        state.set_status(GROWING, self._boot)
 
     def _begin(self, state: IngestState, generation: int) -> None:
         """Start ``generation`` in a new empty file; followers of the old one are told first."""
         if self._data >= 0:
             os.close(self._data)
             self._data = -1
-        state.begin(generation, self.size)
+        state.begin(generation, self.size, self._boot)
         old = [entry for entry in self._directory.iterdir() if entry.name.startswith("data.")]
         self.generation = generation
         self._data = os.open(

@@ -1,35 +1,47 @@
-"""The 64 bytes by which a writer tells followers in any process how far it is.
+"""The 64 bytes by which a writer tells followers in other processes how far it is.
 
 Invariant: a follower that reads the same generation before and after the prefix has a prefix of
-that generation. The writer sets the prefix to 0 before it raises the generation, and each field is
-one aligned 8-byte store of the running machine. The file is mapped, so that telling costs no system
-call and no fsync.
+that generation; the writer voids the prefix before it raises the generation. A prefix counts only
+together with its complement, so that a value caught in the middle of its change is never used.
+
+Followers map the file, which costs them no system call. The writer writes it instead of storing
+into a map: where a full disk has no room for a copy of the page (btrfs), the one is an error and
+the other would be a SIGBUS. No fsync: after another boot only checkpoints count anyway.
 """
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
+import struct
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from stowray.pipeline.clock import Boot
+
 MAGIC = int.from_bytes(b"STOWING1", "little")
 LENGTH = 64
-_MAGIC, _GENERATION, _PREFIX, _SIZE, _STATUS = range(5)
-
 GROWING, COMMITTED = 1, 2
+_MASK = (1 << 64) - 1
+_MAGIC, _GENERATION, _PREFIX, _COMPLEMENT, _SIZE, _STATUS, _BOOT = range(7)
+_TORN_LIMIT = 1000
+
+
+def boot_key(boot: Boot) -> int:
+    """Return what stands for a boot of a host in the state."""
+    text = f"{boot.boot_id}\0{boot.host}".encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 class IngestState:
-    """A mapped state file; ``descriptor`` stays open because the writer's sign of life is on it."""
+    """A state file; ``descriptor`` stays open because the writer's sign of life is on it."""
 
-    def __init__(self, descriptor: int, *, writable: bool) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
-        self._map = mmap.mmap(
-            descriptor, LENGTH, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-        )
+        self._map = mmap.mmap(descriptor, LENGTH, access=mmap.ACCESS_READ)
         self._fields = memoryview(self._map).cast("Q")
 
     @classmethod
@@ -40,9 +52,8 @@ class IngestState:
         try:
             if os.fstat(descriptor).st_size != LENGTH:
                 os.ftruncate(descriptor, 0)
-                # Written, not only extended: a full disk must say so here and not by SIGBUS later.
-                os.write(descriptor, bytes(LENGTH))
-            return cls(descriptor, writable=True)
+                os.pwrite(descriptor, bytes(LENGTH), 0)
+            return cls(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -56,7 +67,7 @@ class IngestState:
             return None
         try:
             if os.fstat(descriptor).st_size == LENGTH:
-                return cls(descriptor, writable=False)
+                return cls(descriptor)
         except BaseException:
             os.close(descriptor)
             raise
@@ -82,11 +93,11 @@ class IngestState:
     @property
     def prefix(self) -> int:
         """How many contiguous bytes may be read."""
-        return self._fields[_PREFIX]
-
-    @prefix.setter
-    def prefix(self, value: int) -> None:
-        self._fields[_PREFIX] = value
+        for _ in range(_TORN_LIMIT):
+            prefix = self._fields[_PREFIX]
+            if self._fields[_COMPLEMENT] == prefix ^ _MASK:
+                return prefix
+        return 0  # the writer died in the middle of a change: whoever takes over mends it
 
     @property
     def size(self) -> int:
@@ -98,14 +109,23 @@ class IngestState:
         """GROWING or COMMITTED."""
         return self._fields[_STATUS]
 
-    @status.setter
-    def status(self, value: int) -> None:
-        self._fields[_STATUS] = value
+    @property
+    def boot(self) -> int:
+        """The ``boot_key`` of the writer: only its own host sees its bytes as they are written."""
+        return self._fields[_BOOT]
 
-    def begin(self, generation: int, size: int) -> None:
+    def expose(self, prefix: int) -> None:
+        """Let followers read the first ``prefix`` bytes."""
+        self._put(_PREFIX, prefix, prefix ^ _MASK)
+
+    def set_status(self, status: int, boot: int) -> None:
+        """Say who writes and whether the blob is committed."""
+        self._put(_STATUS, status, boot)
+
+    def begin(self, generation: int, size: int, boot: int) -> None:
         """Void the prefix, then name the new generation."""
-        self._fields[_PREFIX] = 0
-        self._fields[_GENERATION] = generation
-        self._fields[_SIZE] = size
-        self._fields[_STATUS] = GROWING
-        self._fields[_MAGIC] = MAGIC
+        self.expose(0)
+        self._put(_MAGIC, MAGIC, generation, 0, _MASK, size, GROWING, boot)
+
+    def _put(self, field: int, *values: int) -> None:
+        os.pwrite(self.descriptor, struct.pack(f"={len(values)}Q", *values), 8 * field)

@@ -84,6 +84,8 @@ class Lease:
         new_chains = {str(Digest(chain)) for chain in chain_ids} - self._chain_ids
         if self._descriptor >= 0 and not new_digests and not new_chains:
             return
+        if not self._store.writable:
+            return
         with self._store.lock(LOCK, wait_seconds=LOCK_SECONDS, shared=True):
             self._digests |= new_digests
             self._chain_ids |= new_chains

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import StorageError
-from stowray.pipeline.files import storage_error
+from stowray.pipeline.files import PROBE, storage_error
 from stowray.pipeline.locks import try_lock
 from stowray.pipeline.removal import remove_tree
 
@@ -104,7 +104,7 @@ class Capabilities:
 
 def probe(store: Path) -> Capabilities:
     """Try everything in a scratch directory inside ``store``."""
-    scratch = store / f".probe-{os.urandom(8).hex()}"
+    scratch = store / f"{PROBE}{os.urandom(8).hex()}"
     try:
         scratch.mkdir(0o700)
     except OSError as error:

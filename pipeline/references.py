@@ -83,6 +83,8 @@ def record_reference(store: Store, record: ReferenceRecord) -> None:
     if old is not None:
         record = replace(record, created=old.created, pinned=old.pinned or record.pinned)
         if record == old and not os.path.lexists(store.path / "refs" / MARKER):
+            if not store.writable:
+                return
             with translated(path, "note the use of an image"), suppress(FileNotFoundError):
                 os.utime(path)
                 return

@@ -20,6 +20,7 @@ import os
 import re
 import threading
 import weakref
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -334,9 +335,12 @@ class Store:
         return BlobRecord() if record is None else BlobRecord.parse(record.payload)
 
     def confirm(self, digest: Digest, repository: str) -> None:
-        """Record that ``repository`` (with its registry) served or confirmed the digest."""
+        """Record that ``repository`` (with its registry) served or confirmed the digest.
+
+        A store that can only be read remembers nothing.
+        """
         digest = Digest(digest)
-        if repository not in self.blob_record(digest).repositories:
+        if self.writable and repository not in self.blob_record(digest).repositories:
             with self.lock("sources", wait_seconds=_LOCK_SECONDS):
                 record = self.blob_record(digest).with_repository(repository)
                 self.write_record(self.source_path(digest), record.payload())
@@ -386,7 +390,10 @@ class Store:
         persistent: bool = False,
         mount_point: str = "",
     ) -> Lease:
-        """Hold blobs and snapshots against the collector until the lease is closed."""
+        """Hold blobs and snapshots against the collector until the lease is closed.
+
+        In a store that can only be read nothing can be held.
+        """
         from stowray.pipeline.leases import Lease
 
         return Lease.create(
@@ -401,7 +408,12 @@ class Store:
         cancelled: Callable[[], bool] | None = None,
         shared: bool = False,
     ) -> AbstractContextManager[None]:
-        """Hold the lock ``name`` for a block; ``DeadlineError`` when it stays taken."""
+        """Hold the lock ``name`` for a block; ``DeadlineError`` when it stays taken.
+
+        In a store that can only be read there is nothing to exclude others from.
+        """
+        if not self.writable:
+            return nullcontext()
         # Names that come and go with their content (they hold a digest) leave no file behind.
         keep = not re.search(r"[0-9a-f]{64}", name)
         if not _LOCK_NAME.fullmatch(name):

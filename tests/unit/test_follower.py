@@ -19,7 +19,7 @@ from stowray.pipeline.ingest import CHECKPOINT_EVERY, GenerationChanged
 from stowray.pipeline.ingeststate import IngestState
 from stowray.pipeline.locks import try_lock
 from stowray.pipeline.store import Store
-from tests.support.stores import commit, kill, listen, pattern, start
+from tests.support.stores import OTHER_HOST, commit, kill, listen, pattern, start
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -277,6 +277,45 @@ def test_a_live_writer_is_waited_for_longer_than_the_grace_time(store: Store) ->
             assert follower.read() == pattern(10)
             with pytest.raises(CancelledError):
                 follower.read()
+
+
+def test_what_another_host_writes_is_read_once_it_is_whole(store: Store) -> None:
+    data = pattern(1000)
+    digest = Digest.of(data)
+    calls = 0
+
+    def cancelled() -> bool:
+        nonlocal calls
+        calls += 1
+        return calls > 200  # well beyond the grace time: its writer is seen to live
+
+    with (
+        Store.open(store.path, boot=OTHER_HOST) as other,
+        take(store, digest, 1000) as ingest,
+        other.follow(digest, 1000, grace_seconds=0.1, cancelled=cancelled) as follower,
+    ):
+        ingest.write(data)
+        with pytest.raises(CancelledError):
+            follower.read()
+        calls = -100
+        ingest.commit()
+        assert drain(follower) == data
+
+
+def test_a_prefix_in_the_middle_of_its_change_is_not_used(store: Store) -> None:
+    digest = Digest.of(pattern(1000))
+    with take(store, digest, 1000) as ingest:
+        ingest.write(pattern(10))
+        state = IngestState.follow(store.ingest_path(digest) / "state")
+        assert state is not None
+        assert state.prefix == 10
+        with (store.ingest_path(digest) / "state").open("r+b") as file:
+            file.seek(16)
+            file.write(b"\xff")
+        assert state.prefix == 0
+        ingest.write(pattern(20)[10:])
+        assert state.prefix == 20
+        state.close()
 
 
 def test_another_size_than_the_committed_one_is_refused(store: Store) -> None:

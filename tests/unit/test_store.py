@@ -27,6 +27,7 @@ from tests.support.stores import (
     leftovers,
     listen,
     pattern,
+    record,
     run_killed,
     start,
 )
@@ -138,6 +139,9 @@ class TestOpen:
                     assert reader.has(digest)
                     assert reader.read_blob(digest, 100) == b"content"
                     assert reader.references() == []
+                    with reader.lease("reader", [digest]), reader.lock("name", wait_seconds=0):
+                        reader.confirm(digest, "registry/a")
+                    assert not reader.confirmed(digest, "registry/a")
                     with reader.follow(digest, 7) as follower:
                         assert follower.read() == b"content"
         finally:
@@ -341,6 +345,22 @@ def check_blobs_except(store: Store, ignored: Digest | None) -> set[str]:
     if ignored is not None:
         store.blob_path(ignored).unlink()
     return check_blobs(store.path)
+
+
+def test_only_sync_waits_for_the_disk(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[int] = []
+    for name in ("fsync", "fdatasync", "sync"):
+        monkeypatch.setattr(os, name, lambda *descriptor: waited.append(len(descriptor)))
+    digest = commit(store, pattern(1000))
+    store.put_blob(Digest.of(b"1"), b"1")
+    store.confirm(digest, "a/b")
+    store.record_reference(record(digest))
+    with store.lease("pull", [digest]) as lease:
+        lease.add([Digest.of(b"1")])
+    store.remove_reference("docker.io/library/debian:latest")
+    assert waited == []
+    store.sync()
+    assert waited
 
 
 class TestSources:
