@@ -107,11 +107,11 @@ def test_refused_connection(stowray: Stowray, workspace: Path) -> None:
     assert_failed(stowray, reference, 6, "UnavailableError", "--config", str(settings))
 
 
-@pytest.mark.parametrize("text", ["UPPER/case", "a/b:", "a/b@sha256:12", "", "a b", "-x/y:"])
+@pytest.mark.parametrize("text", ["a/B", "a/b:", "a/b@sha256:12", "", "a b", "-x/y:"])
 def test_bad_reference(local: Stowray, text: str) -> None:
     answer = local.attempt("pull", "--", text)
     assert answer.status == 2
-    assert not local.store.exists()
+    assert not local.blobs()
 
 
 # --- bytes that are not what was promised ------------------------------------------------------
@@ -132,7 +132,10 @@ def test_wrong_bytes_in_a_layer(
 def test_other_bytes_of_the_right_form(
     stowray: Stowray, fake: FakeRegistry, layout: Layout
 ) -> None:
-    layer, other = good_layer(layout, b"right"), good_layer(layout, b"wrong")
+    # Not compressed, so that both have the same size.
+    layer, other = (
+        layout.add_layer([entries.file("file", text)], "none") for text in (b"right", b"wrong")
+    )
     assert layer.descriptor["size"] == other.descriptor["size"]
     body = layout.blob(other.descriptor["digest"])
     reference = serve(fake, layout, layout.add_image([layer]))
@@ -246,10 +249,19 @@ def test_fewer_diff_ids_than_layers(stowray: Stowray, fake: FakeRegistry, layout
     assert_failed(stowray, reference, 5, "ManifestError")
 
 
-def test_wrong_diff_id(stowray: Stowray, fake: FakeRegistry, layout: Layout) -> None:
+@pytest.mark.parametrize("claimed", ["nobody's", "the lower layer's"])
+def test_wrong_diff_id(stowray: Stowray, fake: FakeRegistry, layout: Layout, claimed: str) -> None:
     below, layer = good_layer(layout), good_layer(layout, b"above")
-    false = Layer(layer.descriptor, below.diff_id, 0)
+    diff_id = f"sha256:{'3' * 64}" if claimed == "nobody's" else below.diff_id
+    false = Layer(layer.descriptor, diff_id, 0)
     reference = serve(fake, layout, layout.add_image([below, false]))
+    assert_failed(stowray, reference, 5, "DigestMismatchError")
+
+
+def test_swapped_diff_ids(stowray: Stowray, fake: FakeRegistry, layout: Layout) -> None:
+    one, two = good_layer(layout), good_layer(layout, b"two")
+    crossed = [Layer(one.descriptor, two.diff_id, 0), Layer(two.descriptor, one.diff_id, 0)]
+    reference = serve(fake, layout, layout.add_image(crossed))
     assert_failed(stowray, reference, 5, "DigestMismatchError")
 
 

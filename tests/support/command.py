@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 PROGRAM = Path(sys.executable).parent / "stowray"
-COMMAND_SECONDS = 180
+COMMAND_SECONDS = float(os.environ.get("STOWRAY_TEST_COMMAND_SECONDS", "120"))
 Json = dict[str, Any]
 KEPT_VARIABLES = ("PATH", "LANG", "LC_ALL", "TMPDIR")
 
@@ -69,6 +69,7 @@ class Stowray:
             "XDG_STATE_HOME": str(self.home / "state"),
             "STOWRAY_STORE": str(self.store),
             "PYTHONUNBUFFERED": "1",
+            "PYTHONFAULTHANDLER": "1",
         }
 
     def command(self, name: str, *arguments: str | Path) -> list[str]:
@@ -83,17 +84,23 @@ class Stowray:
         env: dict[str, str] | None = None,
         seconds: float = COMMAND_SECONDS,
     ) -> Answer:
-        """Run a command to its end, whatever that is."""
-        done = subprocess.run(
+        """Run a command to its end, whatever that is; one that hangs tells where."""
+        process = subprocess.Popen(
             self.command(name, *arguments),
             stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=seconds,
-            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             cwd=cwd or self.home,
             env={**self.environment(), **(env or {})},
         )
-        return Answer(done.returncode, done.stdout, done.stderr.decode(errors="replace"))
+        try:
+            stdout, stderr = process.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGABRT)  # the fault handler writes every thread's stack
+            stdout, stderr = process.communicate()
+            stacks = stderr.decode(errors="replace")[-8000:]
+            raise AssertionError(f"stowray {name} hangs after {seconds} s:\n{stacks}") from None
+        return Answer(process.returncode, stdout, stderr.decode(errors="replace"))
 
     def run(self, name: str, *arguments: str | Path, cwd: Path | None = None) -> Answer:
         """Run a command that must succeed."""
