@@ -30,6 +30,8 @@ class RegistrySettings:
     plain_http: tuple[str, ...] = ()
     authfile: str = ""
     hosts_dir: str = ""
+    registries_conf: str = ""
+    policy_file: str = ""
     ca_file: str = ""
     connect_timeout_seconds: float = 10.0
     stall_timeout_seconds: float = 30.0
