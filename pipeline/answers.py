@@ -18,7 +18,7 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from stowray.pipeline.redact import public_url, redact_text
+from stowray.pipeline.redact import public_url, query_secrets, redact_text
 from stowray.pipeline.retry import is_transient
 
 if TYPE_CHECKING:
@@ -144,6 +144,8 @@ def refusal(response: Response, secrets: tuple[str, ...] = ()) -> Refusal:
         # The status says enough, and its connection is closed below.
         body = b""
     challenged = bool(response.header_values("WWW-Authenticate"))
+    # Storage services quote a signed query in their errors.
+    secrets = (*secrets, *query_secrets(response.url))
     response.finish()
     code, message = describe(body)
     return Refusal(

@@ -109,7 +109,7 @@ class Authenticator:
         if demand.scheme == "basic":
             if credential is None or not credential.password:
                 return Grant()
-            return Grant(credential.basic, secrets=(*secrets, credential.basic[6:]))
+            return Grant(credential.basic, secrets=secrets)
         if credential is not None and credential.registry_token:
             token = credential.registry_token
         else:

@@ -188,20 +188,20 @@ class Client:
     ) -> Answer:
         url = first = f"{resource.scheme}://{resource.host}{path}"
         own: Headers = (("Authorization", grant.header),) if grant.header else ()
+        left = False
         for hop in range(HOP_LIMIT + 1):
-            # Once left, an origin is not trusted again: it may be the other side that leads back.
-            if own and not same_origin(first, url):
-                own = ()
+            if not same_origin(first, url):
+                # Once left, the registry gets no login either: it was not it that led back.
+                left, own = True, ()
             response = self._exchange(
                 method, url, (*headers, *own), document=document, cancelled=cancelled
             )
-            elsewhere = not same_origin(first, url)
-            if response.status == 401 and elsewhere:
+            if response.status == 401 and left:
                 response = self._ask_elsewhere(
                     response, method, url, headers, resource, document, cancelled
                 )
             if response.status not in REDIRECTS:
-                return Answer(response, grant, redirected=elsewhere)
+                return Answer(response, grant, redirected=left)
             if hop == HOP_LIMIT:
                 break
             url = self._next(response, url, resource)

@@ -59,9 +59,8 @@ class Credential:
     @property
     def secrets(self) -> tuple[str, ...]:
         """Return what must not be shown."""
-        return tuple(
-            text for text in (self.password, self.identity_token, self.registry_token) if text
-        )
+        known = (self.password, self.identity_token, self.registry_token)
+        return tuple(filter(None, (*known, self.basic.partition(" ")[2] if self.password else "")))
 
 
 @dataclass(frozen=True, slots=True)

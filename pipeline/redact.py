@@ -7,7 +7,7 @@ Errors name URLs by :func:`public_url`; text that others wrote goes through :fun
 from __future__ import annotations
 
 import re
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from stowray.pipeline.errors import escape
 
@@ -43,6 +43,18 @@ def redact_url(url: str) -> str:
 def public_url(url: str) -> str:
     """Return scheme, host and path of ``url``: of a signed URL nothing else may be shown."""
     return escape(_without_password(re.split(r"[?#]", url, maxsplit=1)[0], None))
+
+
+def query_secrets(url: str) -> tuple[str, ...]:
+    """Return the values of a URL's query that nobody else should see."""
+    query = url.partition("#")[0].partition("?")[2]
+    pairs = (pair.partition("=") for pair in query.split("&"))
+    return tuple(
+        form
+        for name, _, value in pairs
+        if name not in HARMLESS_QUERIES and len(value) >= 8
+        for form in (value, unquote(value))
+    )
 
 
 def host_of(url: str) -> str:

@@ -9,6 +9,7 @@ decoded), redirects and retries are left to the caller, and a body that ends bef
 from __future__ import annotations
 
 import io
+import logging
 import threading
 from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any, Self
@@ -36,6 +37,7 @@ Headers = tuple[tuple[str, str], ...]
 DRAIN_LIMIT = 64 * 1024
 IDLE_CONNECTIONS = 16
 USER_AGENT = "stowray"
+LIBRARY_LOGGER = "urllib3.connectionpool"
 
 _VERDICTS = {
     "silent": ("TIMEOUT", "no answer in time"),
@@ -204,6 +206,23 @@ def _direct_body(raw: Any) -> _DirectBody | None:
     return _DirectBody(raw, answer, stream, length)
 
 
+class _QuietQueries(logging.Filter):
+    """Takes the queries out of what the library logs of our exchanges: they may be signed."""
+
+    def __init__(self, current: threading.local) -> None:
+        super().__init__()
+        self._current = current
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Change the record's arguments; nothing of other users of the library is touched."""
+        if getattr(self._current, "watch", None) is not None and isinstance(record.args, tuple):
+            record.args = tuple(
+                argument.partition("?")[0] if isinstance(argument, str) else argument
+                for argument in record.args
+            )
+        return True
+
+
 class Transport:
     """Connections to all hosts, shared by all threads of the process."""
 
@@ -227,6 +246,7 @@ class Transport:
         self._managers: dict[str, PoolManager] = {}
         self._context: ssl.SSLContext | None = None
         self._current = threading.local()
+        self._quiet = _QuietQueries(self._current)
 
     def exchange(
         self,
@@ -279,6 +299,8 @@ class Transport:
             except BaseException:
                 self.watchdog.remove(watch)
                 raise
+            finally:
+                self._current.watch = None
             watch.in_body = True
             response = Response(raw, watch, self, url)
             if watch.verdict:
@@ -294,6 +316,7 @@ class Transport:
             self._managers.clear()
         for manager in managers:
             manager.clear()
+        logging.getLogger(LIBRARY_LOGGER).removeFilter(self._quiet)
 
     def verdict(self, watch: Watch) -> StowrayError:
         """Return the error for an exchange that the watchdog ended."""
@@ -328,6 +351,8 @@ class Transport:
 
     def _new_manager(self, proxy: str) -> PoolManager:
         from urllib3 import PoolManager, ProxyManager, make_headers
+
+        logging.getLogger(LIBRARY_LOGGER).addFilter(self._quiet)
 
         from stowray.pipeline.connections import pool_classes
 
