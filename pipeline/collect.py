@@ -210,6 +210,11 @@ class _Stock:
             needed |= self.needs(record.digests, [record.chain_id])
         # A lease that names nothing yet is of a pull that does not know yet what it will need.
         running = [lease for lease in held if not lease.digests and not lease.chain_ids]
+        # Trees that were staged but not committed yet are named by their diff IDs only. Who leases
+        # a chain ID that is not here yet may be about to commit any of them.
+        committing = any(
+            not lease.persistent and not lease.chain_ids <= self.layers.keys() for lease in held
+        )
         leased_hex: set[str] = set()
         for lease in held:
             needed |= self.needs(lease.digests, lease.chain_ids)
@@ -218,8 +223,7 @@ class _Stock:
         for item in sorted(self.items, key=lambda item: order.get(item.kind, 3)):
             if (item.kind, item.name) in needed or _may_be_wanted(item, running):
                 continue
-            # A layer that was staged but not committed yet is leased by its diff ID.
-            if item.kind == "layer" and leased_hex & set(item.name.split("-")):
+            if item.kind == "layer" and (committing or leased_hex & set(item.name.split("-"))):
                 continue
             yield item
 

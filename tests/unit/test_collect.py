@@ -141,6 +141,17 @@ def test_a_staged_layer_is_held_by_its_diff_id(store: Store) -> None:
     assert len(collect(store).layers) == 1
 
 
+def test_a_staged_layer_is_held_by_a_pull_that_has_yet_to_commit(store: Store) -> None:
+    known = stow(store, "a:1", "base", "top")
+    remove(store, "a:1")
+    for path in (store.path / "snapshots").iterdir():
+        path.unlink()
+    with store.lease("pull", [known.manifest], [known.chain_id]):
+        assert collect(store).layers == ()
+    assert len(collect(store).layers) == 2
+    assert content(store) == []
+
+
 @pytest.mark.parametrize("what", ["reference", "lease"])
 def test_nothing_is_collected_while_a_root_cannot_be_read(store: Store, what: str) -> None:
     known = stow(store, "a:1", "base")
