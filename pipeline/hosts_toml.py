@@ -190,14 +190,14 @@ def _split(file: str, url: str, override: bool) -> tuple[str, str, str]:
         url = f"https://{url}"
     try:
         split = urlsplit(url)
+        if "@" in split.netloc:
+            # Not shown: it has a password in it.
+            raise UsageError(file, "a host has a login in its URL: put it into a file of logins")
         split_host(split.netloc)
     except ValueError:
         raise UsageError(file, f"{url!r} is not the URL of a host") from None
     if split.scheme not in DEFAULT_PORTS or split.query or split.fragment:
         raise UsageError(file, f"{url!r} is not the URL of a host")
-    if "@" in split.netloc:
-        # Not shown: it has a password in it.
-        raise UsageError(file, "a host has a login in its URL: put it into a file of logins")
     path = split.path.rstrip("/")
     if not override and not path.endswith(API_PATH):
         path += API_PATH

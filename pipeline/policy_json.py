@@ -157,11 +157,11 @@ def _scopes(file: str, transport: str, table: Any) -> Scopes:
 def _requirements(file: str, where: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise UsageError(file, f"not a policy: {where} must be a list that is not empty")
-    kinds = []
+    kinds: list[str] = []
     for requirement in value:
         kind = requirement.get("type") if isinstance(requirement, dict) else None
         plain = kind in (ACCEPT, REJECT) and set(requirement) == {"type"}
-        if not plain and kind not in SIGNATURES:
+        if not isinstance(kind, str) or not (plain or kind in SIGNATURES):
             raise UsageError(file, f"not a policy: {where} has a requirement that is not known")
         kinds.append(kind)
     return tuple(kinds)

@@ -101,7 +101,10 @@ class RegistriesConf:
     def find(self, reference: Reference) -> Entry | None:
         """Return the entry for ``reference``; the longest prefix wins."""
         matching = [entry for entry in self.entries if entry.matched(reference)]
-        return max(matching, key=lambda entry: len(entry.prefix), default=None)
+        # Of equal lengths a host says more than a wildcard for it.
+        return max(
+            matching, key=lambda entry: (len(entry.prefix), entry.prefix[0] != "*"), default=None
+        )
 
 
 def full_text(reference: Reference) -> str:
