@@ -15,6 +15,7 @@ from stowray.pipeline.entry_list import read_entry_list
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import translated
 from stowray.pipeline.open_directories import OpenDirectories
+from stowray.pipeline.overlay import is_whiteout
 from stowray.pipeline.tree_ops import OPEN_DIRECTORY, name_path
 
 if TYPE_CHECKING:
@@ -92,6 +93,9 @@ class _Comparison:
             )
             if stat.S_IFMT(wanted.st_mode) != stat.S_IFMT(found.st_mode):
                 yield below, f"is a {_kind(found)} and should be a {_kind(wanted)}"
+                return
+            if is_whiteout(wanted) and is_whiteout(found):
+                # A mark and no entry of the image: when it was made means nothing.
                 return
             differences = _differing_status(wanted, found)
             if not stat.S_ISDIR(wanted.st_mode) and self._group(0, wanted, below) != self._group(

@@ -17,12 +17,13 @@ PLAIN_UID = 65534
 
 # Modules are imported before the change of user: the interpreter may lie where others cannot read.
 DROP = f"""
-import ctypes, importlib, os, pkgutil
+import contextlib, ctypes, importlib, os, pkgutil
 import concurrent.futures.thread, encodings.ascii, encodings.idna, mmap, random, selectors
 import subprocess, tempfile, isal.igzip, msgpack
 import stowray.pipeline
 for module in pkgutil.iter_modules(stowray.pipeline.__path__):
-    importlib.import_module(f"stowray.pipeline.{{module.name}}")
+    with contextlib.suppress(ImportError):
+        importlib.import_module(f"stowray.pipeline.{{module.name}}")
 def become_plain():
     if os.getuid() == 0:
         os.setgroups([])
