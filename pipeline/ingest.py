@@ -63,11 +63,11 @@ def acquire(home: Home, digest: Digest, size: int) -> Ingest | None:
     directory = home.ingest_path(digest)
     with translated(directory, "begin an ingest"):
         while True:
-            make_directory(directory)
             try:
+                make_directory(directory)
                 lock = open_lock(directory / "lock")
             except FileNotFoundError:
-                continue  # the writer before us has just committed and removed the directory
+                continue  # another writer has just committed and removed the directory
             if not try_lock(lock):
                 os.close(lock)
                 return None
