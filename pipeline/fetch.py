@@ -82,7 +82,8 @@ class _Work:
     report: Report
     cancelled: Callable[[], bool]
     retries: Retries
-    origins: list[Origin]
+    sources: tuple[Origin, ...]
+    origins: list[Origin]  # those of the sources that are still worth a try, the next one first
     source: str = ""
     received: int = 0
     reported: int = 0
@@ -131,13 +132,15 @@ class Fetcher:
         """
         begun = self._clock.monotonic()
         digest = descriptor.digest
+        sources = self._origins if origins is None else tuple(origins)
         work = _Work(
             reference,
             descriptor,
             report,
             cancelled,
             Retries(str(digest), policy(self._settings), clock=self._clock, uniform=self._uniform),
-            list(self._origins if origins is None else origins),
+            sources,
+            list(sources),
         )
         source = self._bring(work)
         seconds = self._clock.monotonic() - begun
@@ -240,12 +243,18 @@ class Fetcher:
                     if tired >= len(work.origins):
                         tired = 0
                         work.tell("retrying", ingest.offset)
-                        work.retries.pause(error, work.cancelled, weight=weight(error))
+                        self._pause(work, errors, error)
                 else:
                     work.origins.pop(0)
                 if not work.origins:
-                    raise _weightiest(errors, self._origins, error) from None
+                    raise _weightiest(errors, work.sources, error) from None
                 work.tell("downloading", ingest.offset)
+
+    def _pause(self, work: _Work, errors: dict[int, StowrayError], error: StowrayError) -> None:
+        try:
+            work.retries.pause(error, work.cancelled, weight=weight(error))
+        except SOURCE_ERRORS as last:
+            raise _weightiest(errors, work.sources, last) from None
 
     def _take_part(self, work: _Work, ingest: Ingest, origin: Origin) -> None:
         """Append what one answer of one source brings."""
@@ -348,7 +357,7 @@ def _known(descriptor: Descriptor) -> bytes | None:
 
 
 def _weightiest(
-    errors: dict[int, StowrayError], origins: Sequence[Origin], last: StowrayError
+    errors: dict[int, StowrayError], sources: Sequence[Origin], last: StowrayError
 ) -> StowrayError:
     """Return the error of the registry itself, which says more than that of a mirror."""
-    return errors.get(id(origins[-1]), last) if origins else last
+    return errors.get(id(sources[-1]), last) if sources else last

@@ -264,7 +264,8 @@ class _Handler(BaseHTTPRequestHandler):
             headers.append(("Content-Encoding", fault.encoding))
             if fault.encoding == "gzip":
                 body = gzip.compress(bytes(body), 1)
-        if status == 200 and request.range is not None and not fault.ignore_range:
+        ranged = fault.status is None and not fault.ignore_range
+        if status == 200 and request.range is not None and ranged:
             status, headers, body = self._ranged(request.range, fault, headers, body)
         if fault.corrupt is not None and fault.corrupt < len(body):
             changed = bytearray(body)

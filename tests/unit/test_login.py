@@ -147,10 +147,12 @@ def test_one_token_for_many_threads(fake: FakeRegistry, login: Login) -> None:
     failed: list[StowrayError] = []
     # All meet the first 401 together: none is answered before all have asked.
     barrier = threading.Barrier(20)
-    fake.fault(
-        "/blobs/",
-        *[Fault(status=401, then=barrier.wait, headers=challenge(fake).headers) for _ in range(20)],
-    )
+
+    def meet() -> None:
+        barrier.wait(60)
+
+    refused = Fault(status=401, then=meet, headers=challenge(fake).headers)
+    fake.fault("/blobs/", *[refused for _ in range(20)])
 
     def work() -> None:
         try:
