@@ -9,12 +9,13 @@ repeated for the sake of a login more than twice.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.addresses import realm_refusal
 from stowray.pipeline.challenge import Challenge, choose, parse
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.endpoint import API_PATH, Connection
 from stowray.pipeline.errors import RegistryError, UnauthorizedError
 from stowray.pipeline.flight import SingleFlight
 from stowray.pipeline.redact import public_url
@@ -35,7 +36,8 @@ RENEW_AT = 0.9
 class Resource:
     """What a request is about: ``host`` as on the wire, ``registry`` as in the reference.
 
-    ``anonymous`` hosts (mirrors, redirect targets) never get a login.
+    A mirror is a registry of its own. ``anonymous`` hosts (redirect targets) never get a login.
+    ``connection`` and ``headers`` are for this host alone.
     """
 
     host: str
@@ -43,6 +45,10 @@ class Resource:
     registry: str
     repository: str
     anonymous: bool = False
+    path: str = API_PATH
+    home: bool = True
+    connection: Connection = field(default_factory=Connection)
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
 
     @property
     def scope(self) -> str:

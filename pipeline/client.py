@@ -8,6 +8,7 @@ at most ten hops and two answered challenges per request; a permit is out only w
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 from urllib.parse import urljoin
@@ -23,6 +24,7 @@ from stowray.pipeline.answers import Refusal, parse_warning
 from stowray.pipeline.answers import refusal as read_refusal
 from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.endpoint import Connection, Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
 from stowray.pipeline.redact import host_of, public_url, redact_text
 from stowray.pipeline.retry import retry_after
@@ -38,6 +40,8 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 HOP_LIMIT = 10
 CHALLENGE_LIMIT = 2
 PROBE_SECONDS = 2.0
+# A mirror may save time, not cost it: the registry itself answers within seconds.
+MIRROR_SECONDS = 10.0
 
 
 class Answer:
@@ -78,7 +82,7 @@ class Client:
         self._warn = warn
         self._warned: set[str] = set()
         self._lock = threading.Lock()
-        self._schemes: dict[str, str] = {}
+        self._schemes: dict[tuple[str, bool], str] = {}
         self._auth = Authenticator(self._ask_realm, credentials, trusted=plain_http, clock=clock)
 
     def request(
@@ -92,38 +96,53 @@ class Client:
         headers: Headers = (),
         document: bool = True,
         anonymous: bool = False,
+        endpoint: Endpoint | None = None,
         cancelled: Callable[[], bool] = never,
     ) -> Answer:
         """Return the answer to ``method`` on ``path``; of whatever status, but no redirect or 401.
 
+        ``endpoint`` tells how ``host`` is reached when that is not the usual way.
         Raises UnauthorizedError for a 401 that no login can answer.
         """
         challenges = 0
         renewed = False
+        endpoint = endpoint or Endpoint(host, registry, repository)
+        # Plain http by leave of one endpoint's file is not learned for another one's.
+        place = (host, endpoint.plain_http)
         while True:
-            known = self._schemes.get(host)
+            known = endpoint.scheme or self._schemes.get(place)
             # Where plain http is allowed it is tried first: no login was asked for yet, and what a
             # TLS server makes of it shows at once.
-            tentative = known is None and self.may_be_plain(host)
+            tentative = not known and (endpoint.plain_http or self.may_be_plain(host))
             scheme = known or ("http" if tentative else "https")
-            resource = Resource(host, scheme, registry, repository, anonymous)
+            resource = Resource(
+                host,
+                scheme,
+                registry,
+                repository,
+                anonymous,
+                path=endpoint.path,
+                home=endpoint.home,
+                connection=endpoint.connection,
+                headers=endpoint.headers,
+            )
             grant = self._auth.grant(resource, cancelled)
             try:
                 answer = self._follow(method, resource, path, headers, grant, document, cancelled)
             except UnavailableError as error:
                 if not tentative or error.code not in ("CUT", "PROTOCOL"):
                     raise
-                if not self._speaks_tls(host, cancelled):
+                if not self._speaks_tls(resource, cancelled):
                     raise
-                self._learn_scheme(host, "https")
+                self._learn_scheme(place, "https")
                 continue
             status = answer.response.status
-            if tentative and status == 400 and self._speaks_tls(host, cancelled):
+            if tentative and status == 400 and self._speaks_tls(resource, cancelled):
                 answer.response.close()
-                self._learn_scheme(host, "https")
+                self._learn_scheme(place, "https")
                 continue
-            if known is None:
-                self._learn_scheme(host, scheme)
+            if not known:
+                self._learn_scheme(place, scheme)
             if status == 401 and not answer.redirected:
                 if method == "HEAD" and challenges >= CHALLENGE_LIMIT:
                     # A HEAD tells no reason; the GET that follows does.
@@ -187,14 +206,22 @@ class Client:
         cancelled: Callable[[], bool],
     ) -> Answer:
         url = first = f"{resource.scheme}://{resource.host}{path}"
-        own: Headers = (("Authorization", grant.header),) if grant.header else ()
+        own = resource.headers
+        if grant.header:
+            others = (pair for pair in own if pair[0].lower() != "authorization")
+            own = (*others, ("Authorization", grant.header))
         left = False
         for hop in range(HOP_LIMIT + 1):
             if not same_origin(first, url):
                 # Once left, the registry gets no login either: it was not it that led back.
                 left, own = True, ()
             response = self._exchange(
-                method, url, (*headers, *own), document=document, cancelled=cancelled
+                method,
+                url,
+                (*headers, *own),
+                resource=resource,
+                document=document,
+                cancelled=cancelled,
             )
             if response.status == 401 and left:
                 response = self._ask_elsewhere(
@@ -253,7 +280,14 @@ class Client:
         self._auth.challenged(there, demanded, Grant(), lambda: ())
         grant = self._auth.grant(there, cancelled)
         own = (("Authorization", grant.header),) if grant.header else ()
-        return self._exchange(method, url, (*headers, *own), document=document, cancelled=cancelled)
+        return self._exchange(
+            method,
+            url,
+            (*headers, *own),
+            resource=resource,
+            document=document,
+            cancelled=cancelled,
+        )
 
     def _exchange(
         self,
@@ -265,8 +299,15 @@ class Client:
         document: bool,
         cancelled: Callable[[], bool],
         patience_seconds: float | None = None,
+        resource: Resource | None = None,
     ) -> Response:
         host = host_of(url)
+        connection = Connection()
+        if resource is not None:
+            is_there = same_origin(url, f"{resource.scheme}://{resource.host}")
+            connection = resource.connection if is_there else resource.connection.elsewhere
+            if document and not resource.home and patience_seconds is None:
+                patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
         release = self._limiter.acquire(host, document=document, cancelled=cancelled)
         try:
             response = self._transport.exchange(
@@ -276,6 +317,7 @@ class Client:
                 body=body,
                 cancelled=cancelled,
                 patience_seconds=patience_seconds,
+                connection=connection,
             )
         except BaseException:
             release()
@@ -306,7 +348,13 @@ class Client:
         """Make the exchange for a token; a redirect is followed without the login."""
         for _ in range(HOP_LIMIT):
             response = self._exchange(
-                method, url, headers, body=body, document=True, cancelled=never
+                method,
+                url,
+                headers,
+                body=body,
+                resource=resource,
+                document=True,
+                cancelled=never,
             )
             if response.status not in REDIRECTS or method != "GET":
                 return response
@@ -325,16 +373,18 @@ class Client:
         raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
 
     def _root_challenge(self, resource: Resource, cancelled: Callable[[], bool]) -> Iterable[str]:
-        url = f"{resource.scheme}://{resource.host}/v2/"
-        with self._exchange("GET", url, (), document=True, cancelled=cancelled) as response:
+        url = f"{resource.scheme}://{resource.host}{resource.path}/"
+        with self._exchange(
+            "GET", url, resource.headers, resource=resource, document=True, cancelled=cancelled
+        ) as response:
             demanded = response.header_values("WWW-Authenticate")
             response.finish()
         return demanded
 
     # -- scheme -----------------------------------------------------------------------------------
 
-    def _speaks_tls(self, host: str, cancelled: Callable[[], bool]) -> bool:
-        """Return whether ``host``, which did not understand plain http, answers over TLS.
+    def _speaks_tls(self, resource: Resource, cancelled: Callable[[], bool]) -> bool:
+        """Return whether a host, which did not understand plain http, answers over TLS.
 
         An untrusted certificate is an error and nothing to fall back from. The patience is short,
         because a plain server may wait for the end of what it takes for a long first line.
@@ -342,8 +392,9 @@ class Client:
         try:
             with self._exchange(
                 "GET",
-                f"https://{host}/v2/",
+                f"https://{resource.host}{resource.path}/",
                 (),
+                resource=replace(resource, scheme="https"),
                 document=True,
                 cancelled=cancelled,
                 patience_seconds=PROBE_SECONDS,
@@ -353,9 +404,9 @@ class Client:
             return False
         return True
 
-    def _learn_scheme(self, host: str, scheme: str) -> None:
+    def _learn_scheme(self, place: tuple[str, bool], scheme: str) -> None:
         with self._lock:
-            self._schemes[host] = scheme
+            self._schemes[place] = scheme
 
 
 class _Refused(Answer):

@@ -72,6 +72,12 @@ def pool_classes(
     class WatchedHTTPSPool(HTTPSConnectionPool):
         ConnectionCls = WatchedHTTPS
 
+        def _validate_conn(self, conn: Any) -> None:
+            # The library's own would warn of each connection that is not verified: that is done by
+            # the user's word only, who need not be told.
+            if conn.is_closed:
+                conn.connect()
+
     return {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
 
 

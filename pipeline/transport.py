@@ -1,9 +1,10 @@
 """One HTTP exchange: connect, send, read, give the connection back.
 
 Invariant: an exchange that ended, in whatever way, holds no connection: it is back in its pool
-(drained) or closed. Certificates are always verified, bodies arrive as they were sent (nothing is
-decoded), redirects and retries are left to the caller, and a body that ends before its
-``Content-Length`` is an error, never a short result. No foreign exception passes.
+(drained) or closed. Certificates are verified, unless a file of the user's own says not to for that
+one host; bodies arrive as they were sent (nothing is decoded), redirects and retries are left to
+the caller, and a body that ends before its ``Content-Length`` is an error, never a short result. No
+foreign exception passes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any, Self
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.endpoint import Connection
 from stowray.pipeline.errors import (
     CancelledError,
     RegistryError,
@@ -37,6 +39,7 @@ Headers = tuple[tuple[str, str], ...]
 DRAIN_LIMIT = 64 * 1024
 IDLE_CONNECTIONS = 16
 USER_AGENT = "stowray"
+PLAIN_CONNECTION = Connection()
 LIBRARY_LOGGER = "urllib3.connectionpool"
 
 _VERDICTS = {
@@ -243,8 +246,8 @@ class Transport:
         self._stall_seconds = stall_seconds
         self._proxies = proxies or Proxies()
         self._lock = threading.Lock()
-        self._managers: dict[str, PoolManager] = {}
-        self._context: ssl.SSLContext | None = None
+        self._managers: dict[tuple[str, Connection], PoolManager] = {}
+        self._contexts: dict[Connection, ssl.SSLContext] = {}
         self._current = threading.local()
         self._quiet = _QuietQueries(self._current)
 
@@ -257,6 +260,7 @@ class Transport:
         body: bytes | None = None,
         cancelled: Callable[[], bool] | None = None,
         patience_seconds: float | None = None,
+        connection: Connection = PLAIN_CONNECTION,
     ) -> Response:
         """Send one request and return its answer, whatever its status.
 
@@ -271,11 +275,12 @@ class Transport:
         sent.add("Accept-Encoding", "identity")
         for name, value in headers:
             sent.add(name, value)
-        manager = self._manager(url)
-        timeout = Timeout(connect=self._connect_seconds, read=self._stall_seconds)
+        manager = self._manager(url, connection)
+        connect_seconds = connection.connect_seconds or self._connect_seconds
+        timeout = Timeout(connect=connect_seconds, read=self._stall_seconds)
         while True:
             now = self.clock.monotonic()
-            limit = patience_seconds or self._connect_seconds + self._stall_seconds
+            limit = patience_seconds or connect_seconds + self._stall_seconds
             watch = Watch(public_url(url), cancelled, now, now + limit)
             self._current.watch = watch
             self.watchdog.add(watch)
@@ -308,6 +313,11 @@ class Transport:
                 raise self.verdict(watch)
             return response
 
+    @property
+    def patience_seconds(self) -> float:
+        """Return how long an answer is waited for."""
+        return self._connect_seconds + self._stall_seconds
+
     def close(self) -> None:
         """Close all connections and end all exchanges."""
         self.watchdog.close()
@@ -337,19 +347,23 @@ class Transport:
             raise error
         return _translated(error, watch.url)
 
-    def _manager(self, url: str) -> PoolManager:
-        proxy = self._proxies.choose(url)
+    def _manager(self, url: str, connection: Connection) -> PoolManager:
+        # Pools are never shared by connections of different trust.
+        proxy = connection.proxy or self._proxies.choose(url)
+        key = (proxy, connection)
         with self._lock:
-            manager = self._managers.get(proxy)
+            manager = self._managers.get(key)
             if manager is None:
-                manager = self._managers[proxy] = self._new_manager(proxy)
-            if url.startswith("https:") and self._context is None:
-                self._context = manager.connection_pool_kw["ssl_context"] = self._tls()
-            elif url.startswith("https:"):
-                manager.connection_pool_kw["ssl_context"] = self._context
+                seconds = connection.connect_seconds or self._connect_seconds
+                manager = self._managers[key] = self._new_manager(proxy, seconds)
+            if url.startswith("https:"):
+                context = self._contexts.get(connection)
+                if context is None:
+                    context = self._contexts[connection] = self._tls(connection)
+                manager.connection_pool_kw["ssl_context"] = context
             return manager
 
-    def _new_manager(self, proxy: str) -> PoolManager:
+    def _new_manager(self, proxy: str, connect_seconds: float) -> PoolManager:
         from urllib3 import PoolManager, ProxyManager, make_headers
 
         logging.getLogger(LIBRARY_LOGGER).addFilter(self._quiet)
@@ -368,19 +382,32 @@ class Transport:
             )
         else:
             manager = PoolManager(num_pools=64, maxsize=IDLE_CONNECTIONS)
-        classes = pool_classes(lambda: self._current.watch, self._connect_seconds)
+        classes = pool_classes(lambda: self._current.watch, connect_seconds)
         manager.pool_classes_by_scheme = classes
         return manager
 
-    def _tls(self) -> ssl.SSLContext:
+    def _tls(self, connection: Connection) -> ssl.SSLContext:
         import ssl
 
         context = ssl.create_default_context()
-        if self._ca_file:
+        named = [("registry.ca_file", self._ca_file)] if self._ca_file else []
+        for subject, file in [*named, *((file, file) for file in connection.ca_files)]:
             try:
-                context.load_verify_locations(cafile=self._ca_file)
+                context.load_verify_locations(cafile=file)
             except (OSError, ValueError) as error:
-                raise UsageError("registry.ca_file", f"cannot load {self._ca_file}") from error
+                raise UsageError(subject, f"cannot load {file}") from error
+        # OpenSSL keeps one pair per kind of key, the last: the first of the file shall be it.
+        for certificate, key in reversed(connection.client_pairs):
+            try:
+                # Without a password of ours OpenSSL would ask on the terminal for one.
+                context.load_cert_chain(certificate, key or None, password=str)
+            except (OSError, ValueError) as error:
+                raise UsageError(
+                    certificate, "not a client's certificate with its key, unencrypted"
+                ) from error
+        if connection.skip_verify:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
         return context
 
 
