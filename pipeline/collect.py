@@ -291,17 +291,24 @@ def _stale_ingests(store: Store, ingest_seconds: float) -> list[Path]:
                 if path.name.startswith(TEMPORARY):
                     abandoned = is_abandoned(path)
                 else:
-                    # A clock that was set back makes ages negative: then it stays.
-                    newest = max(
-                        (entry.lstat().st_mtime for entry in path.iterdir()),
-                        default=path.lstat().st_mtime,
-                    )
-                    abandoned = time.time() - newest > ingest_seconds and not _is_written(path)
+                    abandoned = _is_stale(store, path, ingest_seconds) and not _is_written(path)
             except FileNotFoundError:
                 continue  # committed since it was listed
             if abandoned:
                 stale.append(path)
     return stale
+
+
+def _is_stale(store: Store, path: Path, ingest_seconds: float) -> bool:
+    """Say whether an ingest is too old to be resumed, or of a blob that is here already."""
+    algorithm, _, encoded = path.name.partition("-")
+    if os.path.lexists(store.path / "blobs" / algorithm / encoded):
+        return True  # its writer died between the commit and the removal
+    # A clock that was set back makes ages negative: then it stays.
+    newest = max(
+        (entry.lstat().st_mtime for entry in path.iterdir()), default=path.lstat().st_mtime
+    )
+    return time.time() - newest > ingest_seconds
 
 
 def _is_written(directory: Path) -> bool:

@@ -207,6 +207,22 @@ class TestIngests:
             ingest.commit()
         collect(store, ingest_seconds=0)
 
+    @pytest.mark.parametrize("failpoint", ["ingest-after-record", "ingest-before-unlock"])
+    def test_what_a_writer_left_after_its_commit_goes_at_once(
+        self, store: Store, failpoint: str
+    ) -> None:
+        code = """
+with Store.open(sys.argv[1]).acquire(Digest.of(b"x"), 1) as ingest:
+    ingest.write(b"x")
+    ingest.commit()
+"""
+        run_killed(code, store.path, failpoint=failpoint)
+        assert len(leftovers(store.path)) == 1
+        with store.lease("test", [Digest.of(b"x")]):
+            assert len(collect(store).ingests) == 1
+        assert leftovers(store.path) == []
+        assert check_blobs(store.path) == {Digest.of(b"x")}
+
     def test_half_written_documents_go(self, store: Store) -> None:
         code = 'Store.open(sys.argv[1]).put_blob(Digest.of(b"x"), b"x")'
         run_killed(code, store.path, failpoint="put-before-rename")

