@@ -45,6 +45,8 @@ Link = Literal["auto", "reflink", "copy", "hardlink"]
 # Files per task of a copying thread, and how many threads help at most.
 _BATCH = 128
 _THREADS = 4
+# Each thread's view holds a descriptor per layer tree, and more for merged directories.
+_TREES = 256
 _NO_XATTR = {errno.ENOTSUP, errno.EPERM, errno.EACCES}
 
 
@@ -180,6 +182,7 @@ class _Crew:
             from concurrent.futures import ThreadPoolExecutor
 
             count = min(_THREADS, len(os.sched_getaffinity(0)))
+            count = max(1, min(count, _TREES // max(1, len(self._view.lowers))))
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="rootfs")
             self._free = [self.copier() for _ in range(count)]
         self._tasks.append(self._pool.submit(self._work, nodes))
