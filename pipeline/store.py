@@ -237,14 +237,10 @@ class Store:
             raise DigestMismatchError(str(digest), str(digest), str(actual))
         if self.has(digest, len(data)):
             return
-        temporary = self.path / "ingest" / f"{TEMPORARY}{os.urandom(8).hex()}"
         path = self.blob_path(digest)
         with translated(path, f"store the {len(data)} bytes of {digest}"):
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            descriptor = os.open(temporary, flags, 0o600)
+            descriptor, temporary = self._new_temporary()
             try:
-                # Locked while it is written: the collector removes only what nobody holds.
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
                 write_all(descriptor, data)
                 os.fchmod(descriptor, 0o444)
                 failpoint("put-before-rename")
@@ -435,6 +431,18 @@ class Store:
             self.trust.sync(self._descriptor)
 
     # -- internals --------------------------------------------------------------------------------
+
+    def _new_temporary(self) -> tuple[int, Path]:
+        """Return a new file in ``ingest/``, locked: a collector removes only what nobody holds."""
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        while True:
+            path = self.path / "ingest" / f"{TEMPORARY}{os.urandom(8).hex()}"
+            descriptor = os.open(path, flags, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if is_current(descriptor, path):
+                return descriptor, path
+            # A collector took it for a leftover in the instant before the lock.
+            os.close(descriptor)
 
     def _open_trusted(self, digest: Digest) -> int:
         path = self.blob_path(digest)
