@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.store import Store
 
 _VERSION = 1
+# A layer may have millions of odd entries; a person reads the first few.
+_MOST_WARNINGS = 100
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -43,6 +45,7 @@ class LayerRecord:
     unpacked_size: int
     entries: int
     notes: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, staged: Staged, parent: Digest | None) -> LayerRecord:
@@ -54,6 +57,7 @@ class LayerRecord:
             unpacked_size=staged.unpacked_size,
             entries=staged.entries,
             notes=staged.notes,
+            warnings=staged.warnings[:_MOST_WARNINGS],
         )
 
     def staged(self) -> Staged:
@@ -78,6 +82,7 @@ class LayerRecord:
             "unpacked_size": self.unpacked_size,
             "entries": self.entries,
             "notes": self.notes,
+            "warnings": list(self.warnings),
         }
 
     @classmethod
@@ -94,6 +99,7 @@ class LayerRecord:
                 unpacked_size=int(payload["unpacked_size"]),
                 entries=int(payload["entries"]),
                 notes=dict(payload["notes"]),
+                warnings=tuple(map(str, payload["warnings"])),
             )
         except (KeyError, TypeError, ValueError, InvalidDigestError):
             return None

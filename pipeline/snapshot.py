@@ -111,6 +111,7 @@ class StageOutcome:
     unpacked_size: int
     entries: int
     seconds: float
+    warnings: tuple[str, ...] = ()
 
 
 def chain_id_of(parent: Digest | None, diff_id: Digest) -> Digest:
@@ -160,6 +161,7 @@ class Snapshots:
             unpacked_size=record.unpacked_size,
             entries=record.entries,
             seconds=time.monotonic() - started,
+            warnings=record.warnings,
         )
 
     def commit(
@@ -267,9 +269,15 @@ class Snapshots:
     def remove(self, chain_id: Digest) -> bool:
         """Remove a snapshot, and its tree when no other uses it; False when it is not here.
 
-        Raises StorageError while another snapshot stands on it. Leases are the collector's affair.
+        Raises StorageError while another snapshot stands on it, or while it is mounted or in use.
         """
+        from stowray.pipeline.leases import leases
+
         path = self._path(chain_id)
+        for held in leases(self._store):
+            if chain_id in held.chain_ids:
+                user = f"mounted at {held.mount_point}" if held.mount_point else "in use"
+                raise StorageError(str(path), f"the snapshot is {user}")
         snapshot = self._read(path, trusted=False)
         others = [other for other in self.all() if other.chain_id != chain_id]
         for other in others:

@@ -33,7 +33,7 @@ from stowray.pipeline.snapshot import Snapshots, chain_id_of
 from stowray.pipeline.store import Store
 from tests.support.chains import Layer, commit_chain, reader
 from tests.support.plain_user import plain_directory, run_plain
-from tests.support.tars import archive, directory, file, hardlink
+from tests.support.tars import archive, directory, entry, file, hardlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -107,6 +107,14 @@ def test_staging_again_finds_the_tree(snapshots: Snapshots) -> None:
     assert again.existed
     assert (again.tar_size, again.unpacked_size, again.entries) == (len(WHOLE), 3, 3)
     assert layer.opened == 1
+
+
+def test_warnings_are_kept_for_whoever_finds_the_tree(snapshots: Snapshots) -> None:
+    odd = archive(directory("./"), entry("f", records={"SCHILY.xattr.trusted.overlay.opaque": "y"}))
+    layer = Layer(odd)
+    first = snapshots.stage(layer.diff_id, layer.open_read)
+    assert first.warnings
+    assert snapshots.stage(layer.diff_id, layer.open_read).warnings == first.warnings
 
 
 def test_an_independent_tree_serves_every_chain(snapshots: Snapshots) -> None:
@@ -310,6 +318,17 @@ def test_a_snapshot_with_children_stays(snapshots: Snapshots) -> None:
     assert not snapshots.trees.tree(second.layer).exists()
     assert snapshots.remove(first.chain_id)
     assert not snapshots.remove(first.chain_id)
+
+
+def test_a_snapshot_in_use_stays(snapshots: Snapshots, store: Store) -> None:
+    (first,) = commit_chain(snapshots, [WHOLE])
+    with snapshots.held(first.chain_id, "test"), pytest.raises(StorageError, match="in use"):
+        snapshots.remove(first.chain_id)
+    with store.lease("m", chain_ids=[first.chain_id], persistent=True, mount_point="/m"):
+        pass
+    with pytest.raises(StorageError, match="mounted at /m"):
+        snapshots.remove(first.chain_id)
+    assert snapshots.has(first.chain_id)
 
 
 def test_a_tree_in_use_by_another_chain_stays(snapshots: Snapshots) -> None:
