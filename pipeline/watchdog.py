@@ -84,11 +84,12 @@ class Watchdog:
     def add(self, watch: Watch) -> None:
         """Watch an exchange from now on."""
         with self._lock:
+            # The thread is not woken: it looks round by itself, and waking it for each of many
+            # small exchanges costs more than the exchange.
             self._watches.add(watch)
             if self._thread is None and not self._closed:
                 self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
                 self._thread.start()
-            self._wake.notify()
 
     def remove(self, watch: Watch) -> None:
         """Watch it no longer; harmless when it is not watched."""
@@ -108,11 +109,12 @@ class Watchdog:
             thread.join()
 
     def _run(self) -> None:
+        idle = 0.0
         while True:
             with self._lock:
-                if not self._watches and not self._closed:
-                    self._wake.wait(LINGER_SECONDS)
-                if not self._watches or self._closed:
+                self._wake.wait_for(lambda: self._closed, TICK_SECONDS)
+                idle = 0.0 if self._watches else idle + TICK_SECONDS
+                if self._closed or idle > LINGER_SECONDS:
                     self._thread = None
                     return
                 watches = list(self._watches)
@@ -121,9 +123,6 @@ class Watchdog:
                 verdict = self.judge(watch, now)
                 if verdict:
                     watch.cut(verdict)
-            with self._lock:
-                if not self._closed:
-                    self._wake.wait_for(lambda: self._closed, TICK_SECONDS)
 
     def judge(self, watch: Watch, now: float) -> str:
         """Return why ``watch`` has to end now, ``""`` when it may go on."""
