@@ -12,7 +12,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from stowray.pipeline import tree_ops
-from stowray.pipeline.staged_tree import PHANTOM, Directory, StagedTree
+from stowray.pipeline.removal import remove_tree
+from stowray.pipeline.staged_tree import ENTERED, PHANTOM, Directory, StagedTree
 from stowray.pipeline.tar import BLOCK_DEVICE, CHAR_DEVICE, FIFO, FILE, SYMLINK, Entry
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.overlay import ChainView, Node
 
+SUFFIX = ".copies"
 _KINDS = {
     stat.S_IFREG: FILE,
     stat.S_IFLNK: SYMLINK,
@@ -30,13 +32,25 @@ _KINDS = {
 
 
 class CopyUp:
-    """Knows which files of the staged tree are copies of lower ones."""
+    """Knows which files of the staged tree are copies of lower ones.
+
+    Each copy has one more name in a directory beside the tree, where no entry can reach it: so it
+    is still there when its name in the tree is replaced and another link to the lower file comes.
+    """
 
     def __init__(self, tree: StagedTree, lower: ChainView) -> None:
         self.lower = lower
         self._tree = tree
-        # Lower inode → our inode, where it was last seen, and the lower node.
-        self._copies: dict[tuple[int, int], tuple[int, Directory, bytes, Node]] = {}
+        self._path = tree.directory.with_name(tree.directory.name + SUFFIX)
+        self._holder: Directory | None = None
+        self._copies: dict[tuple[int, int], tuple[bytes, Node]] = {}
+
+    def close(self) -> None:
+        """Remove the second names."""
+        if self._holder is not None:
+            os.close(self._holder.descriptor)
+            self._holder = None
+            remove_tree(self._path)
 
     def find_lower(self, parent: Directory, name: bytes) -> Node | None:
         """Return what shows through from below as ``name``, which the layer itself has not."""
@@ -44,11 +58,11 @@ class CopyUp:
             return None
         return self.lower.find(parent.child_path(name))
 
-    def as_entry(self, node: Node, name: bytes) -> Entry:
+    def as_entry(self, node: Node) -> Entry:
         """Return the entry that makes a copy of ``node``."""
         target = self.lower.readlink(node) if node.is_symlink else b""
         entry = Entry(
-            name,
+            node.path,
             _KINDS[node.file_type],
             node.mode,
             node.uid,
@@ -61,43 +75,34 @@ class CopyUp:
         entry.xattrs = self.lower.xattrs(node) or None
         return entry
 
-    def remember(self, node: Node, here: Directory, base: bytes) -> None:
-        """Note that ``base`` is the copy of ``node``."""
-        inode = self._inode(here, base)
-        if inode is not None:
-            self._copies[node.inode] = (inode, here, base, node)
-
     def find(self, node: Node) -> tuple[Directory, bytes] | None:
-        """Return a name of this tree that is a copy of ``node``; None if none is left."""
+        """Return the second name of the copy of ``node``; None if there is no copy yet."""
         copy = self._copies.get(node.inode)
-        if copy is None:
-            return None
-        inode, here, base, _ = copy
-        attached = here.parent is None or self._tree.has(here.path(), here)
-        if attached and self._inode(here, base) == inode:
-            return here, base
-        # Its first name was replaced; another may have been linked to it.
-        for directory in self._tree.bottom_up():
-            if directory.state == PHANTOM:
-                continue
-            with os.scandir(self._tree.descriptor(directory)) as entries:
-                names = [os.fsencode(entry.name) for entry in entries if entry.inode() == inode]
-            if names:
-                self._copies[node.inode] = (inode, directory, names[0], node)
-                return directory, names[0]
-        del self._copies[node.inode]
-        return None
+        return None if copy is None or self._holder is None else (self._holder, copy[0])
+
+    def second_name(self, node: Node) -> tuple[Directory, bytes]:
+        """Return where the second name of a new copy of ``node`` belongs."""
+        if self._holder is None:
+            os.mkdir(self._path, 0o700)
+            self._holder = Directory(None, b"", ENTERED)
+            self._holder.descriptor = os.open(self._path, tree_ops.OPEN_DIRECTORY)
+        name = b"%d" % len(self._copies)
+        self._copies[node.inode] = (name, node)
+        return self._holder, name
 
     def lower_names(self) -> Iterator[tuple[Directory, bytes, Directory, bytes]]:
         """Yield ``(directory, name)`` of each copy and of each lower name that it must have too."""
-        for _, _, _, node in list(self._copies.values()):
-            copy = self.find(node)
-            if copy is None:
+        if self._holder is None:
+            return
+        for copy, node in self._copies.values():
+            status = os.stat(copy, dir_fd=self._holder.descriptor, follow_symlinks=False)
+            if status.st_nlink == 1:
+                # All its names in the tree were replaced: the lower file shows as it is.
                 continue
             for path in self.lower.links(node):
                 place = self._visible(path)
                 if place is not None:
-                    yield *copy, *place
+                    yield self._holder, copy, *place
 
     def _visible(self, path: bytes) -> tuple[Directory, bytes] | None:
         """Return where a lower name belongs in this tree; None if the layer hides it."""
@@ -116,12 +121,3 @@ class CopyUp:
         elif tree_ops.exists(self._tree.descriptor(here), name):
             return None
         return here, name
-
-    def _inode(self, here: Directory, base: bytes) -> int | None:
-        if base in here.children:
-            return None
-        try:
-            status = os.stat(base, dir_fd=self._tree.descriptor(here), follow_symlinks=False)
-        except FileNotFoundError:
-            return None
-        return status.st_ino

@@ -80,7 +80,7 @@ def stage_layer(
         try:
             notes = _apply(applier, reader, directory)
         finally:
-            applier.tree.close()
+            applier.close()
         diff_id = pump.digest()
         return Staged(
             diff_id=diff_id,
@@ -88,7 +88,7 @@ def stage_layer(
             unpacked_size=applier.unpacked_size,
             entries=applier.entries,
             notes=notes,
-            warnings=tuple(applier.warnings),
+            warnings=tuple(applier.maker.warnings),
         )
 
 
@@ -108,8 +108,8 @@ def _apply(applier: LayerApplier, reader: TarReader, directory: Path) -> dict[st
         name = b""
         phantoms = {id(found) for _, found in applier.tree.assumed if found.state == PHANTOM}
         applier.finish()
-        if not applier.privileged:
-            write_entry_list(directory, applier.records())
+        if not applier.maker.privileged:
+            write_entry_list(directory, applier.maker.records())
     except OSError as error:
         raise _translated(error, name, directory) from error
     return _notes(applier, phantoms)

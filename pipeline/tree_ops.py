@@ -22,8 +22,8 @@ CREATE_FILE: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O
 OPEN_HANDLE: Final = os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC
 
 # Seconds that time_t and every file system can take; beyond them the kernel clamps further.
-_MAX_NS: Final = ((1 << 63) - 1) * 1_000_000_000
-_MIN_NS: Final = -(1 << 63) * 1_000_000_000
+MAX_NS: Final = ((1 << 63) - 1) * 1_000_000_000
+MIN_NS: Final = -(1 << 63) * 1_000_000_000
 
 
 def process_umask() -> int:
@@ -44,7 +44,7 @@ def set_times(directory: int, name: bytes, mtime_ns: int) -> None:
 
 def clamp_time(mtime_ns: int) -> int:
     """Return the nearest time that the kernel takes; it clamps to what the file system stores."""
-    return min(max(mtime_ns, _MIN_NS), _MAX_NS)
+    return min(max(mtime_ns, MIN_NS), MAX_NS)
 
 
 def set_owner(directory: int, name: bytes, uid: int, gid: int) -> None:
