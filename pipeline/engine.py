@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.errors import StowrayError
+from stowray.pipeline.errors import ContentError, StowrayError
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.records import ReferenceRecord
@@ -208,7 +208,15 @@ class LocalEngine:
         report = self.progress.reporter(source.canonical)
         plan = self._plan(image, options)
         _report_present(report, plan)
-        outcomes = self._carry_out(source, image, plan, report, cancelled)
+        try:
+            outcomes = self._carry_out(source, image, plan, report, cancelled)
+        except ContentError:
+            # A blob that was here may have been damaged since it was proven; the layers that fail
+            # to come out of it are not the registry's fault, and fetching it again mends them.
+            if not self._put_damaged_aside(plan):
+                raise
+            plan = self._plan(image, options)
+            outcomes = self._carry_out(source, image, plan, report, cancelled)
         self.store.record_reference(_record(source, image, options, self.store))
         if options.sync:
             self.store.sync()
@@ -316,6 +324,11 @@ class LocalEngine:
 
         return run_plan(plan, submit, cancelled)
 
+    def _put_damaged_aside(self, plan: Plan) -> bool:
+        """Re-hash the blobs that a plan found present; return whether one was not what it said."""
+        present = {layer.descriptor.digest for layer in plan.layers if layer.blob_present}
+        return not all(self.store.prove(digest) for digest in present)
+
     def _get_crew(self) -> Crew:
         with self._lock:
             if self._crew is None:
@@ -365,9 +378,11 @@ def _origin_key(source: Source) -> str:
 
 
 def _all_digests(image: Image) -> tuple[str, ...]:
+    """Return what a lease on the image holds: documents, layers, and staged trees by diff ID."""
     return (
         *map(str, document_digests(image)),
         *(str(layer.digest) for layer in image.layers),
+        *map(str, image.diff_ids),
     )
 
 
