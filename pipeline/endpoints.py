@@ -2,8 +2,8 @@
 
 A ``hosts.toml`` for the registry comes before registries.conf; certificates of a ``certs.d``
 directory go with either. Invariant: mirrors come first in the order of their file and the registry
-itself last; a blocked namespace has no endpoints; an endpoint that failed lately waits behind the
-others, but none is ever left out for it.
+itself last; a blocked namespace has no endpoints; an endpoint that failed lately stands behind the
+others, but is never left out.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 Operation = Literal["resolve", "pull"]
 
 REST_SECONDS = 30.0
+# Codes of errors that took their time.
+SLOW_CODES = frozenset({"TIMEOUT", "SLOW", "UNREACHABLE"})
 # A host that serves wrong bytes does not mend itself while we look.
 WRONG_REST_SECONDS = 900.0
 
@@ -56,7 +58,7 @@ class Endpoints:
         self._resting: dict[tuple[str, str, str], float] = {}
 
     def find(self, reference: Reference, operation: Operation) -> tuple[Endpoint, ...]:
-        """Return the endpoints that may be asked, the one to ask first at the front.
+        """Return the endpoints that may be asked, the registry itself last.
 
         By digest everything is a ``pull``: what comes can be proven. Raises UsageError for a
         blocked name, or when no endpoint is allowed to do ``operation``.
@@ -70,23 +72,23 @@ class Endpoints:
             raise UsageError(
                 reference.canonical, f"none of its hosts has the capability {operation!r}"
             )
-        if len(found) == 1:
-            return found
-        now = self._clock.monotonic()
-        with self._lock:
-            resting = {key for key, end in self._resting.items() if end > now}
+        return found
+
+    def well_first(self, found: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
+        """Return ``found`` with those behind that failed lately."""
         # A stable sort: the order of the file holds among those that are well.
-        return tuple(sorted(found, key=lambda endpoint: endpoint.key in resting))
+        return tuple(sorted(found, key=self.is_resting))
 
     def blame(self, endpoint: Endpoint, error: StowrayError) -> None:
-        """Let a mirror rest that gave wrong bytes, or none when it was its turn."""
+        """Let a mirror rest that gave wrong bytes, or nothing for as long as it was waited for."""
         if endpoint.home:
             return
         if isinstance(error, ContentError):
             seconds = WRONG_REST_SECONDS
-        elif isinstance(error, UnavailableError):
+        elif isinstance(error, UnavailableError) and error.code in SLOW_CODES:
             seconds = REST_SECONDS
         else:
+            # What failed at once costs little to ask again.
             return
         with self._lock:
             end = self._clock.monotonic() + seconds

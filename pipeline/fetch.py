@@ -24,6 +24,7 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
+from stowray.pipeline.origin import Divisible
 from stowray.pipeline.registry import never, policy, weight
 from stowray.pipeline.retry import Retries, uniform, wait
 from stowray.pipeline.settings import RegistrySettings
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.ingest import Ingest
-    from stowray.pipeline.origin import BlobStream, Origin
+    from stowray.pipeline.origin import BlobStream, Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
     from stowray.pipeline.store import Store
@@ -82,8 +83,10 @@ class _Work:
     report: Report
     cancelled: Callable[[], bool]
     retries: Retries
-    sources: tuple[Origin, ...]
-    origins: list[Origin]  # those of the sources that are still worth a try, the next one first
+    sources: tuple[Origin | Place, ...]
+    origins: list[
+        Origin | Place
+    ]  # those of the sources that are still worth a try, the next one first
     source: str = ""
     received: int = 0
     reported: int = 0
@@ -132,7 +135,7 @@ class Fetcher:
         """
         begun = self._clock.monotonic()
         digest = descriptor.digest
-        sources = self._origins if origins is None else tuple(origins)
+        sources = _places(self._origins if origins is None else origins, reference)
         work = _Work(
             reference,
             descriptor,
@@ -229,10 +232,12 @@ class Fetcher:
                 raise
             except ContentError as error:
                 errors[id(origin)] = error
+                _blame(origin, error)
                 self._note_wrong(work, ingest, error)
                 tired = 0
             except SOURCE_ERRORS as error:
                 errors[id(origin)] = error
+                _blame(origin, error)
                 work.retries.progressed(ingest.offset - start)
                 if ingest.offset > start:
                     tired = 0
@@ -256,7 +261,7 @@ class Fetcher:
         except SOURCE_ERRORS as last:
             raise _weightiest(errors, work.sources, last) from None
 
-    def _take_part(self, work: _Work, ingest: Ingest, origin: Origin) -> None:
+    def _take_part(self, work: _Work, ingest: Ingest, origin: Origin | Place) -> None:
         """Append what one answer of one source brings."""
         work.opened = False
         with origin.open_blob(
@@ -356,8 +361,23 @@ def _known(descriptor: Descriptor) -> bytes | None:
     return None
 
 
+def _places(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Place, ...]:
+    """Return all that can be asked for blobs of ``reference``: mirrors each by itself."""
+    found: list[Origin | Place] = []
+    for origin in origins:
+        found += origin.places(reference) if isinstance(origin, Divisible) else [origin]
+    return tuple(found)
+
+
+def _blame(source: Origin | Place, error: StowrayError) -> None:
+    """Tell a source that knows others what it did, for the blobs that come after this one."""
+    blame = getattr(source, "blame", None)
+    if blame is not None:
+        blame(error)
+
+
 def _weightiest(
-    errors: dict[int, StowrayError], sources: Sequence[Origin], last: StowrayError
+    errors: dict[int, StowrayError], sources: Sequence[Origin | Place], last: StowrayError
 ) -> StowrayError:
     """Return the error of the registry itself, which says more than that of a mirror."""
     return errors.get(id(sources[-1]), last) if sources else last

@@ -7,13 +7,14 @@ proven by whoever takes them.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
+    from stowray.pipeline.errors import StowrayError
     from stowray.pipeline.source import Source
 
 
@@ -52,6 +53,35 @@ class BlobStream(Protocol):
     def __enter__(self) -> Self: ...
 
     def __exit__(self, *details: object) -> None: ...
+
+
+class Place(Protocol):
+    """One of several hosts that serve the same content; an origin may be made of such."""
+
+    def open_blob(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        offset: int = 0,
+        *,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> BlobStream:
+        """Return the blob's bytes from this host; see :meth:`Origin.open_blob`."""
+
+    def blame(self, error: StowrayError) -> None:
+        """Take note that this host failed its reader, so that others are asked before it."""
+
+
+@runtime_checkable
+class Divisible(Protocol):
+    """An origin that has several places for one reference."""
+
+    def places(self, reference: Source) -> tuple[Place, ...]:
+        """Return the places that serve blobs of ``reference``, nearest first, at last the home.
+
+        Readers go from one to the next in the middle of a blob; when all fail, the last one's word
+        counts.
+        """
 
 
 class Origin(Protocol):

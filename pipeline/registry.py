@@ -1,5 +1,8 @@
 """Registries: what a reference names, documents by digest, and the bytes of blobs.
 
+A registry may have several endpoints: documents and blobs come from the first that has them, a
+tag's digest from the first that is trusted with it.
+
 Invariant: a document that is handed out was hashed, whatever its headers say; a tag's digest comes
 from a HEAD only when that told digest, length and type, else from the hash of a body; nothing
 larger than its limit is read; a tag's manifest is never looked for among the blobs.
@@ -22,8 +25,10 @@ from stowray.pipeline.blob_stream import (
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
+from stowray.pipeline.endpoints import Endpoints, final_error
 from stowray.pipeline.errors import (
     ContentError,
+    DeadlineError,
     DigestMismatchError,
     InvalidDigestError,
     ManifestError,
@@ -31,6 +36,7 @@ from stowray.pipeline.errors import (
     RegistryError,
     SizeMismatchError,
     StowrayError,
+    UnauthorizedError,
     UnavailableError,
     UsageError,
     escape,
@@ -43,7 +49,8 @@ from stowray.pipeline.media_types import (
 )
 from stowray.pipeline.origin import Resolved
 from stowray.pipeline.redact import host_of, public_url
-from stowray.pipeline.reference import Reference, wire_host
+from stowray.pipeline.reference import Reference
+from stowray.pipeline.registry_place import RegistryPlace
 from stowray.pipeline.retry import Retries, RetryPolicy
 from stowray.pipeline.settings import RegistrySettings
 
@@ -51,6 +58,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from stowray.pipeline.client import Answer, Client
+    from stowray.pipeline.endpoint import Endpoint
+    from stowray.pipeline.endpoints import Operation
     from stowray.pipeline.source import Source
     from stowray.pipeline.transport import Response
 
@@ -58,6 +67,8 @@ Value = TypeVar("Value")
 
 DOCUMENT_LIMIT = 4 << 20
 ACCEPTED = tuple(("Accept", value) for value in (*ACCEPT, "*/*"))
+# What one endpoint may fail with while another one need not.
+ENDPOINT_ERRORS = (NotFoundError, UnauthorizedError, RegistryError, ContentError, DeadlineError)
 _DOCUMENT_TYPES = INDEX_TYPES | MANIFEST_TYPES
 
 
@@ -81,6 +92,7 @@ class Registry:
         self._settings = settings or RegistrySettings()
         self._clock = clock
         environment = os.environ if environment is None else environment
+        self._endpoints = Endpoints(self._settings, environment, clock)
         self._client = client or _client(self._settings, environment, clock, warn)
 
     def close(self) -> None:
@@ -91,10 +103,17 @@ class Registry:
         """Return what ``reference`` names now, with its document when a GET was needed."""
         reference = _of_registry(reference)
 
+        def by_digest(endpoint: Endpoint, digest: Digest) -> Resolved:
+            return self._by_digest(endpoint, reference, digest, None, cancelled)
+
+        def by_tag(endpoint: Endpoint) -> Resolved:
+            found = self._head(endpoint, reference, cancelled)
+            return found or self._get_tag(endpoint, reference, cancelled)
+
         def attempt() -> Resolved:
-            if reference.digest is not None:
-                return self._by_digest(reference, reference.digest, None, cancelled)
-            return self._head(reference, cancelled) or self._get_tag(reference, cancelled)
+            if (digest := reference.digest) is not None:
+                return self._from_any(reference, "pull", lambda place: by_digest(place, digest))
+            return self._from_any(reference, "resolve", by_tag)
 
         return self._retried(f"resolve {reference.canonical}", attempt, cancelled)
 
@@ -109,9 +128,12 @@ class Registry:
         """Return the index or manifest ``digest`` of the repository, hashed."""
         named = _of_registry(reference)
 
-        def attempt() -> bytes:
-            body = self._by_digest(named, digest, size, cancelled).body
+        def ask(endpoint: Endpoint) -> bytes:
+            body = self._by_digest(endpoint, named, digest, size, cancelled).body
             return body if body is not None else b""
+
+        def attempt() -> bytes:
+            return self._from_any(named, "pull", ask)
 
         return self._retried(f"get {named.name}@{digest}", attempt, cancelled)
 
@@ -125,26 +147,51 @@ class Registry:
     ) -> RegistryBlob:
         """Return the unverified bytes of a blob, from ``offset`` on if the registry knows ranges.
 
-        One attempt: whoever reads it knows how far it got, and tries again from there.
+        One attempt at each endpoint: whoever reads it knows how far it got, and tries again from
+        there; to go on at another endpoint in mid-blob there are :meth:`places`.
         """
+        return self._from_any(
+            _of_registry(reference),
+            "pull",
+            lambda endpoint: self.open_blob_at(
+                endpoint, reference, descriptor, offset, cancelled or never
+            ),
+        )
+
+    def open_blob_at(
+        self,
+        endpoint: Endpoint,
+        reference: Source,
+        descriptor: Descriptor,
+        offset: int,
+        cancelled: Callable[[], bool],
+    ) -> RegistryBlob:
+        """Return the bytes that one endpoint sends; see :meth:`open_blob`."""
         named = _of_registry(reference)
-        cancelled = cancelled or never
         try:
-            return self._open_blob(named, descriptor, offset, cancelled)
+            return self._open_blob(endpoint, named, descriptor, offset, cancelled)
         except NotFoundError:
-            if not self._settings.foreign_urls or not descriptor.urls:
+            if not self._settings.foreign_urls or not descriptor.urls or not endpoint.home:
                 raise
             return self._open_foreign(descriptor, cancelled)
 
+    def places(self, reference: Source) -> tuple[RegistryPlace, ...]:
+        """Return the endpoints that serve blobs of ``reference``: mirrors, then the registry."""
+        found = self._endpoints.find(_of_registry(reference), "pull")
+        return tuple(RegistryPlace(self, self._endpoints, endpoint) for endpoint in found)
+
     # -- documents --------------------------------------------------------------------------------
 
-    def _head(self, reference: Reference, cancelled: Callable[[], bool]) -> Resolved | None:
+    def _head(
+        self, endpoint: Endpoint, reference: Reference, cancelled: Callable[[], bool]
+    ) -> Resolved | None:
         """Return what a HEAD tells of a tag; None when only a GET can."""
-        answer = self._request("HEAD", reference, f"manifests/{reference.target}", cancelled)
+        target = f"manifests/{endpoint.tag or reference.target}"
+        answer = self._request("HEAD", endpoint, target, cancelled)
         response = answer.response
         response.finish()
         if response.status == 404:
-            raise to_error(answer.refusal(), **_about(reference, reference.canonical))
+            raise to_error(answer.refusal(), **_about(endpoint, reference.canonical))
         if response.status != 200:
             # 405, or a 403 whose reason only the GET's body tells; HEADs have no bodies.
             return None
@@ -158,11 +205,14 @@ class Registry:
         source = host_of(response.url)
         return Resolved(Descriptor(media_type=media_type, digest=digest, size=size), source=source)
 
-    def _get_tag(self, reference: Reference, cancelled: Callable[[], bool]) -> Resolved:
-        answer = self._request("GET", reference, f"manifests/{reference.target}", cancelled)
+    def _get_tag(
+        self, endpoint: Endpoint, reference: Reference, cancelled: Callable[[], bool]
+    ) -> Resolved:
+        target = f"manifests/{endpoint.tag or reference.target}"
+        answer = self._request("GET", endpoint, target, cancelled)
         response = answer.response
         if response.status != 200:
-            raise to_error(answer.refusal(), **_about(reference, reference.canonical))
+            raise to_error(answer.refusal(), **_about(endpoint, reference.canonical))
         with response:
             body = _read_document(response, reference.canonical, DOCUMENT_LIMIT)
             told = _told_digest(response)
@@ -175,36 +225,40 @@ class Registry:
 
     def _by_digest(
         self,
+        endpoint: Endpoint,
         reference: Reference,
         digest: Digest,
         size: int | None,
         cancelled: Callable[[], bool],
     ) -> Resolved:
         try:
-            return self._get_digest(reference, digest, size, cancelled)
+            return self._get_digest(endpoint, reference, digest, size, cancelled)
         except ContentError:
+            if not endpoint.home:
+                raise
             # One fresh answer: a cache or proxy in between may have had a bad moment.
-            return self._get_digest(reference, digest, size, cancelled)
+            return self._get_digest(endpoint, reference, digest, size, cancelled)
 
     def _get_digest(
         self,
+        endpoint: Endpoint,
         reference: Reference,
         digest: Digest,
         size: int | None,
         cancelled: Callable[[], bool],
     ) -> Resolved:
         what = f"{reference.name}@{digest}"
-        answer = self._request("GET", reference, f"manifests/{digest}", cancelled)
+        answer = self._request("GET", endpoint, f"manifests/{digest}", cancelled)
         if answer.response.status == 404:
             refused = answer.refusal()
             # Old registries keep documents that no tag names among the blobs only.
-            answer = self._request("GET", reference, f"blobs/{digest}", cancelled)
+            answer = self._request("GET", endpoint, f"blobs/{digest}", cancelled)
             if answer.response.status == 404:
                 answer.response.finish()
-                raise to_error(refused, **_about(reference, what))
+                raise to_error(refused, **_about(endpoint, what))
         response = answer.response
         if response.status != 200:
-            raise to_error(answer.refusal(), **_about(reference, what))
+            raise to_error(answer.refusal(), **_about(endpoint, what))
         with response:
             limit = DOCUMENT_LIMIT if size is None else min(size, DOCUMENT_LIMIT)
             body = _read_document(response, what, DOCUMENT_LIMIT)
@@ -220,56 +274,55 @@ class Registry:
 
     def _open_blob(
         self,
+        endpoint: Endpoint,
         reference: Reference,
         descriptor: Descriptor,
         offset: int,
         cancelled: Callable[[], bool],
     ) -> RegistryBlob:
+        what = f"{reference.name}@{descriptor.digest}"
         if 0 < offset < descriptor.size:
             # Closed: an open range makes some servers close the connection. None at 0: some
             # refuse "bytes=0-".
             ranged = (("Range", f"bytes={offset}-{descriptor.size - 1}"),)
-            answer = self._blob_request(reference, descriptor, ranged, cancelled)
+            answer = self._blob_request(endpoint, descriptor, ranged, cancelled)
             response = answer.response
             if response.status == 206:
                 if is_usable_range(response, descriptor, offset):
-                    return RegistryBlob(response, offset, reference.registry)
+                    return RegistryBlob(response, offset, endpoint.registry)
                 # Another part than was asked for, or one that cannot be placed: ask for all.
                 response.close()
             elif response.status == 200:
-                return _checked(response, descriptor, reference.registry)
+                return _checked(response, descriptor, endpoint.registry)
             elif response.status == 416:
                 response.finish()
             else:
-                raise to_error(
-                    answer.refusal(), **_about(reference, f"{reference.name}@{descriptor.digest}")
-                )
-        answer = self._blob_request(reference, descriptor, (), cancelled)
+                raise to_error(answer.refusal(), **_about(endpoint, what))
+        answer = self._blob_request(endpoint, descriptor, (), cancelled)
         response = answer.response
         if response.status == 200:
-            return _checked(response, descriptor, reference.registry)
+            return _checked(response, descriptor, endpoint.registry)
         if response.status < 300:
             response.close()
             raise RegistryError(public_url(response.url), response.status, "", "not the blob")
-        raise to_error(
-            answer.refusal(), **_about(reference, f"{reference.name}@{descriptor.digest}")
-        )
+        raise to_error(answer.refusal(), **_about(endpoint, what))
 
     def _blob_request(
         self,
-        reference: Reference,
+        endpoint: Endpoint,
         descriptor: Descriptor,
         headers: tuple[tuple[str, str], ...],
         cancelled: Callable[[], bool],
     ) -> Answer:
         return self._client.request(
             "GET",
-            wire_host(reference.registry),
-            f"/v2/{reference.repository}/blobs/{descriptor.digest}",
-            registry=reference.registry,
-            repository=reference.repository,
+            endpoint.host,
+            endpoint.target(f"blobs/{descriptor.digest}"),
+            registry=endpoint.registry,
+            repository=endpoint.repository,
             headers=headers,
             document=False,
+            endpoint=endpoint,
             cancelled=cancelled,
         )
 
@@ -297,17 +350,32 @@ class Registry:
     # -- requests ---------------------------------------------------------------------------------
 
     def _request(
-        self, method: str, reference: Reference, path: str, cancelled: Callable[[], bool]
+        self, method: str, endpoint: Endpoint, rest: str, cancelled: Callable[[], bool]
     ) -> Answer:
         return self._client.request(
             method,
-            wire_host(reference.registry),
-            f"/v2/{reference.repository}/{path}",
-            registry=reference.registry,
-            repository=reference.repository,
+            endpoint.host,
+            endpoint.target(rest),
+            registry=endpoint.registry,
+            repository=endpoint.repository,
             headers=ACCEPTED,
+            endpoint=endpoint,
             cancelled=cancelled,
         )
+
+    def _from_any(
+        self, reference: Reference, operation: Operation, ask: Callable[[Endpoint], Value]
+    ) -> Value:
+        """Return what the first endpoint that can answer says."""
+        failed: list[tuple[Endpoint, StowrayError]] = []
+        found = self._endpoints.find(reference, operation)
+        for endpoint in self._endpoints.well_first(found):
+            try:
+                return ask(endpoint)
+            except ENDPOINT_ERRORS as error:
+                self._endpoints.blame(endpoint, error)
+                failed.append((endpoint, error))
+        raise final_error(failed)
 
     def _retried(
         self, what: str, attempt: Callable[[], Value], cancelled: Callable[[], bool]
@@ -367,11 +435,11 @@ def _of_registry(reference: Source) -> Reference:
     return reference
 
 
-def _about(reference: Reference, what: str) -> dict[str, str]:
+def _about(endpoint: Endpoint, what: str) -> dict[str, str]:
     return {
         "what": what,
-        "registry": reference.registry,
-        "scope": f"repository:{reference.repository}:pull",
+        "registry": endpoint.registry,
+        "scope": f"repository:{endpoint.repository}:pull",
     }
 
 
