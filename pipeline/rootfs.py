@@ -243,10 +243,9 @@ class _Copier:
 
     def finish_directory(self, node: Node) -> None:
         descriptor = self._directories.get(node.path)
-        if self._may_chown:
-            self._chown(node, descriptor)
+        mode = self._chown(node, descriptor) if self._may_chown else node.mode
         self._xattrs(node, descriptor)
-        os.fchmod(descriptor, node.mode)
+        os.fchmod(descriptor, mode)
         os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
 
     def link(self, node: Node, first: bytes) -> None:
@@ -293,11 +292,12 @@ class _Copier:
             except PermissionError:
                 self.result.skipped.append(escape(node.path))
                 return
+        mode = node.mode
         if self._may_chown and (node.uid, node.gid) != self._identity:
-            self._chown(node, parent, name)
+            mode = self._chown(node, parent, name)
         self._xattrs(node, name_path(parent, name))
         if not node.is_symlink:
-            set_mode(parent, name, node.mode)
+            set_mode(parent, name, mode)
         set_times(parent, name, node.mtime_ns)
 
     def _share(self, node: Node, source: int, parent: int, name: bytes) -> bool:
@@ -329,7 +329,7 @@ class _Copier:
                 self.result.size += node.size
                 self._contents(node, source, target)
             if self._may_chown and (node.uid, node.gid) != self._identity:
-                self._chown(node, target)
+                mode = self._chown(node, target)
             if not self._view.privileged or os.listxattr(source):
                 self._xattrs(node, target)
             if not exact:
@@ -351,7 +351,8 @@ class _Copier:
             self._clones = False
         file_content.copy(source, target, node.size)
 
-    def _chown(self, node: Node, descriptor: int, name: bytes | None = None) -> None:
+    def _chown(self, node: Node, descriptor: int, name: bytes | None = None) -> int:
+        """Set the owner and return the mode that goes with it."""
         try:
             if name is None:
                 os.fchown(descriptor, node.uid, node.gid)
@@ -362,6 +363,9 @@ class _Copier:
             if self._view.privileged or error.errno not in {errno.EPERM, errno.EINVAL}:
                 raise
             self.result.skipped.append(f"{escape(node.path)}: owner {node.uid}:{node.gid}")
+            # What was to run as somebody harmless must not run as root instead.
+            return node.mode & ~(stat.S_ISUID | stat.S_ISGID)
+        return node.mode
 
     def _xattrs(self, node: Node, target: int | bytes) -> None:
         for key, error in set_xattrs(target, self._view.xattrs(node)):

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import os
 import time
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -251,11 +251,12 @@ class Snapshots:
         from stowray.pipeline.overlay import ChainView
 
         chain_ids = [] if chain_id is None else [chain_id]
-        with (
-            self._store.lease(holder, chain_ids=chain_ids),
-            ChainView(self.lowers(chain_id), self.privileged) as view,
-        ):
-            yield view
+        with ExitStack() as stack:
+            if self._store.writable:
+                # Nobody collects in a store that cannot be written to.
+                stack.enter_context(self._store.lease(holder, chain_ids=chain_ids))
+            lowers = self.lowers(chain_id)
+            yield stack.enter_context(ChainView(lowers, self.privileged))
 
     def blob_mapping(self) -> dict[Digest, Digest]:
         """Return the blob digest of each snapshot by its chain ID."""

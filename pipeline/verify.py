@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -123,11 +123,14 @@ def verify(
     NotFoundError for a reference that is not here.
     """
     records = _records(store, references)
-    with store.lease(
-        "verify",
-        digests={digest for record in records for digest in record.digests},
-        chain_ids={record.chain_id for record in records if record.chain_id},
-    ):
+    with ExitStack() as stack:
+        if store.writable:
+            lease = store.lease(
+                "verify",
+                digests={digest for record in records for digest in record.digests},
+                chain_ids={record.chain_id for record in records if record.chain_id},
+            )
+            stack.enter_context(lease)
         check = _Check(store, cancelled or (lambda: False))
         check.blobs(records, everything=references is None)
         if references is None:
@@ -158,6 +161,7 @@ class _Check:
         self._bad_blobs: set[str] = set()
         self._bad_chains: set[str] = set()
         self._bad_layers: set[str] = set()
+        self._unproven: set[str] = set()
         self._bad_records: list[Path] = []
         self._counts = {"blobs": 0, "size": 0, "trees": 0}
         self._parents = {link.chain_id: link.parent for link in self._snapshots.all()}
@@ -225,7 +229,10 @@ class _Check:
         for link in chains.values():
             if link.layer in self._bad_layers:
                 self._bad_chains.add(link.chain_id)
-            elif link.layer not in done and link.blob not in self._bad_blobs:
+            elif link.blob in self._bad_blobs:
+                # Nothing to compare with: a repair makes this tree anew, whatever it is like.
+                self._unproven.add(link.layer)
+            elif link.layer not in done:
                 done.add(link.layer)
                 self._check_cancelled()
                 self._tree(link)
@@ -236,24 +243,23 @@ class _Check:
             self._store.quarantine(Digest(digest))
         # What a layer took from a damaged one below (a copied-up file, a directory's attributes) is
         # part of its own tree now, so that trees settled above go too.
-        for snapshot in self._snapshots.all():
-            if self._depends(snapshot):
-                self._bad_layers.add(snapshot.layer)
-        for layer in sorted(self._bad_layers):
+        gone = self._bad_layers | self._unproven
+        gone |= {link.layer for link in self._snapshots.all() if self._depends(link, gone)}
+        for layer in sorted(gone):
             self._bad_chains.update(self._snapshots.discard(layer))
         for path in self._bad_records:
             aside = self._store.path / "quarantine" / f"record-{secrets.token_hex(8)}"
             with translated(path, "put a damaged record aside"), suppress(FileNotFoundError):
                 path.rename(aside)
 
-    def _depends(self, snapshot: Snapshot) -> bool:
+    def _depends(self, snapshot: Snapshot, layers: set[str]) -> bool:
         if snapshot.layer == self._snapshots.trees.alone(snapshot.diff_id):
             return False
         try:
             links = self._snapshots.chain(snapshot.chain_id)
         except NotFoundError:
             return False
-        return any(link.layer in self._bad_layers for link in links)
+        return any(link.layer in layers for link in links)
 
     def _blob(self, digest: Digest, *, needed: bool) -> str:
         """Return what is wrong with a blob; empty if nothing is."""

@@ -386,6 +386,42 @@ def test_killed_at_any_point_the_next_run_completes(tmp_path: Path, point: str) 
         assert snapshots.has(second.chain_id)
 
 
+def test_many_processes_commit_one_chain(tmp_path: Path) -> None:
+    path = tmp_path / "store"
+    processes = [
+        subprocess.Popen([sys.executable, "-c", KILLED, str(path)], cwd=Path(__file__).parents[2])
+        for _ in range(4)
+    ]
+    assert [process.wait() for process in processes] == [0, 0, 0, 0]
+    with Store.open(path, boot=FIRST) as store:
+        snapshots = Snapshots(store)
+        assert len(snapshots.all()) == 2
+        assert leftovers(store) == []
+        # Whoever came late staged the dependent layer for himself; gc takes that away.
+        names_left = {link.layer for link in snapshots.all()}
+        assert names_left <= set(snapshots.trees.names())
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small tmpfs: needs root")
+def test_a_full_disk_leaves_nothing_and_a_larger_one_goes_on(tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(small)], check=True)
+    try:
+        with Store.open(small / "store", boot=FIRST) as store:
+            snapshots = Snapshots(store)
+            large = archive(directory("./"), file("large", bytes(3 << 20)))
+            with pytest.raises(StorageError, match="disk is full"):
+                commit_chain(snapshots, [large])
+            assert os.listdir(store.path / "layers") == []
+            subprocess.run(["mount", "-o", "remount,size=8m", str(small)], check=True)
+            (done,) = commit_chain(snapshots, [large])
+            assert snapshots.has(done.chain_id)
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+
+
 def test_sweep_spares_live_writers(snapshots: Snapshots, store: Store) -> None:
     with snapshots.trees.workspace() as workspace:
         assert snapshots.trees.sweep() == 0

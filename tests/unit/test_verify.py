@@ -197,6 +197,26 @@ def test_a_repaired_tree_is_made_anew(store: Store) -> None:
     assert (tree_of(store, record) / "d/copied").read_bytes() == b"other"
 
 
+def test_a_tree_that_cannot_be_compared_is_made_anew_too(store: Store) -> None:
+    record = put_image(store, NAME, BASE)
+    tree = tree_of(store, record)
+    (tree / "other").write_bytes(b"damaged")
+    overwrite(store.blob_path(Digest.of(BASE)), b"")
+    assert verify(store, repair=True).references
+    assert tree.is_dir()
+    verify(store, deep=True, repair=True)
+    assert not tree.exists()
+
+
+def test_a_store_that_cannot_be_written_to_is_verified(store: Store) -> None:
+    record = put_image(store, NAME, BASE)
+    store.writable = False
+    assert verify(store).damaged == ()
+    with Snapshots(store).held(Digest(record.chain_id), "reader") as view:
+        assert view.find(b"d/f") is not None
+    assert os.listdir(store.path / "leases") == []
+
+
 def test_independent_layers_above_stay(store: Store) -> None:
     whole = archive(directory("./"), file("alone", b"1"))
     record = put_image(store, NAME, BASE, whole)
