@@ -43,6 +43,8 @@ COMMANDS = {
     "umount": ("trees", "Unmount what `mount` mounted."),
     "unshare": ("trees", "Run a command beside an image's mount in own namespaces."),
     "bundle": ("trees", "Write an OCI runtime bundle that runc starts."),
+    "serve": ("serve", "Serve the store as a read-only registry."),
+    "deliver": ("deliver", "Hand an image to containerd, podman, docker or an archive."),
     "session": ("session", "Start, stop or show the warm private Ray."),
     "demo": ("demo", "Show the main job with a small image, no registry needed."),
 }
