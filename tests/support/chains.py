@@ -21,11 +21,11 @@ def reader(data: bytes, size: int = 1 << 16) -> Callable[[], bytes]:
 
 
 class Layer:
-    """One layer as a blob of plain tar; counts how often it is opened."""
+    """One layer as a blob, plain tar unless it has a diff ID; counts how often it is opened."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, diff_id: str | None = None) -> None:
         self.data = data
-        self.diff_id = Digest.of(data)
+        self.diff_id = Digest.of(data) if diff_id is None else Digest(diff_id)
         self.opened = 0
 
     @contextmanager

@@ -4,8 +4,9 @@ import os
 import stat
 import subprocess
 import threading
+from base64 import b64decode
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,10 +21,11 @@ from stowray.pipeline.mountinfo import parse_mountinfo, topmost
 from stowray.pipeline.rootfs import write_rootfs
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import Store
-from tests.support.chains import commit_chain
+from tests.support.chains import Layer, commit_chain
 from tests.support.judge import assert_same_tree
 from tests.support.plain_user import plain_directory, run_plain
 from tests.support.tars import archive, directory, file, opaque
+from tests.support.vectors import table
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -59,8 +61,42 @@ def mounts_of(store: Store) -> list[str]:
     return os.listdir(store.path / "mounts")
 
 
+KINDS = {stat.S_IFREG: "f", stat.S_IFDIR: "d", stat.S_IFLNK: "l"}
+ORACLE = table("layer_oracle")
+
+
 class TestRoot:
     pytestmark = root_only
+
+    @pytest.mark.parametrize(
+        "case",
+        [pytest.param(case, id=case["name"]) for case in ORACLE["cases"] if not case.get("error")],
+    )
+    def test_the_kernel_shows_what_the_fields_tools_agree_on(
+        self, store: Store, point: Path, tmp_path: Path, case: dict[str, Any]
+    ) -> None:
+        layers = [
+            Layer(b64decode(ORACLE["blobs"][digest]), diff_id)
+            for digest, diff_id in zip(case["layers"], case["diff_ids"], strict=True)
+        ]
+        chain_id = commit_chain(Snapshots(store), layers)[-1].chain_id
+        write_rootfs(store, chain_id, tmp_path / "copy")
+        mount(store, chain_id, point)
+        assert_same_tree(point, tmp_path / "copy")
+        # "f 0644 0:0 mt=… …": kind, mode and owner.
+        expected = {name: text.split()[:3] for name, text in case["tree"].items()}
+        seen = {}
+        for path in point.rglob("*"):
+            status = path.lstat()
+            mode = f"{stat.S_IMODE(status.st_mode):04o}"
+            name = str(path.relative_to(point))
+            seen[name] = [
+                KINDS[stat.S_IFMT(status.st_mode)],
+                mode,
+                f"{status.st_uid}:{status.st_gid}",
+            ]
+        assert seen == expected
+        umount(store, point)
 
     @pytest.mark.parametrize(
         ("layers", "mode"),
