@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
+# How near an address is to us.
 _PUBLIC, _PRIVATE, _LOOPBACK, _NEVER = range(4)
 _NUMERIC = re.compile(r"(?:0[xX][0-9a-fA-F]*|[0-9]+)(?:\.(?:0[xX][0-9a-fA-F]*|[0-9]+)){0,3}")
 _HOST_PORT = re.compile(r"(?P<host>\[[^\[\]]+\]|[^\[\]:]+)(?::(?P<port>[0-9]*))?")
@@ -156,6 +157,17 @@ def _registry_nearness(registry: str, trusted: Collection[str]) -> int:
         # Plain http by the user's own word: such a registry lives in a private network.
         return _PRIVATE
     return nearness
+
+
+def is_refused_peer(address: str, registry_peer: str) -> bool:
+    """Return whether a *name* to which a registry sent us must not lead to ``address``.
+
+    ``registry_peer`` is the address at which the registry itself was reached, ``""`` when that is
+    not known. Private addresses are let pass here: names of storage services lead to them where a
+    cloud's private endpoints are used.
+    """
+    nearness = _nearness(address)
+    return nearness > _PRIVATE and nearness > (_nearness(registry_peer) if registry_peer else 0)
 
 
 def _nearness(host: str) -> int:

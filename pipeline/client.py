@@ -40,6 +40,7 @@ REDIRECTS = frozenset({301, 302, 303, 307, 308})
 HOP_LIMIT = 10
 CHALLENGE_LIMIT = 2
 PROBE_SECONDS = 2.0
+FOREIGN = "a layer's descriptor"
 # A mirror may save time, not cost it: the registry itself answers within seconds.
 MIRROR_SECONDS = 10.0
 
@@ -173,12 +174,16 @@ class Client:
     def get_foreign(self, url: str, cancelled: Callable[[], bool]) -> Answer:
         """Return the answer to a GET of a layer's own URL; nobody's login goes there."""
         scheme, host = url.partition("://")[0], host_of(url)
-        response = self._exchange("GET", url, (), document=False, cancelled=cancelled)
+        response = self._exchange(
+            "GET", url, (), document=False, cancelled=cancelled, sent_by=FOREIGN
+        )
         for _ in range(HOP_LIMIT):
             if response.status not in REDIRECTS:
                 return Answer(response, Grant(), redirected=False)
             url = self._next(response, url, Resource(host, scheme, host, ""))
-            response = self._exchange("GET", url, (), document=False, cancelled=cancelled)
+            response = self._exchange(
+                "GET", url, (), document=False, cancelled=cancelled, sent_by=FOREIGN
+            )
         response.close()
         raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
 
@@ -300,12 +305,15 @@ class Client:
         cancelled: Callable[[], bool],
         patience_seconds: float | None = None,
         resource: Resource | None = None,
+        sent_by: str = "",
     ) -> Response:
         host = host_of(url)
         connection = Connection()
         if resource is not None:
             is_there = same_origin(url, f"{resource.scheme}://{resource.host}")
             connection = resource.connection if is_there else resource.connection.elsewhere
+            if host != resource.host:
+                sent_by = resource.host
             if document and not resource.home and patience_seconds is None:
                 patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
         release = self._limiter.acquire(host, document=document, cancelled=cancelled)
@@ -318,6 +326,7 @@ class Client:
                 cancelled=cancelled,
                 patience_seconds=patience_seconds,
                 connection=connection,
+                sent_by="" if self._is_trusted(url) else sent_by,
             )
         except BaseException:
             release()
@@ -331,6 +340,11 @@ class Client:
         for value in response.header_values("Warning"):
             self._show(parse_warning(value), host)
         return response
+
+    def _is_trusted(self, url: str) -> bool:
+        scheme, host = url.partition(":")[0], host_of(url)
+        wanted = canonical_address(scheme, host)
+        return any(canonical_address(scheme, known) == wanted for known in self._plain_http)
 
     def _show(self, text: str, host: str) -> None:
         if not text or self._warn is None:

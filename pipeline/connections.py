@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib3.connection import HTTPConnection, HTTPSConnection
 from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
-from stowray.pipeline.errors import CancelledError, UnavailableError
+from stowray.pipeline.errors import CancelledError, RegistryError, UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -90,6 +90,11 @@ def connect(host: str, port: int, watch: Watch, seconds: float) -> socket.socket
         temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         code = "NAME" if temporary else "UNREACHABLE"
         raise UnavailableError(watch.url, 0, code, f"the name {host} has no address") from error
+    if watch.refuses is not None:
+        found = [entry for entry in found if not watch.refuses(str(entry[4][0]))]
+        if not found:
+            detail = f"the name {host} leads to an address that is not public"
+            raise RegistryError(watch.url, 0, "REDIRECT", detail)
     reason = "no address"
     for index, (family, kind, protocol, _, address) in enumerate(found):
         last = index == len(found) - 1
@@ -106,6 +111,7 @@ def connect(host: str, port: int, watch: Watch, seconds: float) -> socket.socket
             raise
         if not reason:
             made.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            watch.peer = str(address[0])
             return made
         made.close()
     code = "TIMEOUT" if reason == os.strerror(errno.ETIMEDOUT) else "UNREACHABLE"

@@ -12,9 +12,11 @@ from __future__ import annotations
 import io
 import logging
 import threading
+from functools import partial
 from http.client import HTTPException, IncompleteRead
 from typing import TYPE_CHECKING, Any, Self
 
+from stowray.pipeline.addresses import is_refused_peer
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection
 from stowray.pipeline.errors import (
@@ -249,6 +251,7 @@ class Transport:
         self._managers: dict[tuple[str, Connection], PoolManager] = {}
         self._contexts: dict[Connection, ssl.SSLContext] = {}
         self._current = threading.local()
+        self._peers: dict[str, str] = {}  # at which address a registry was reached
         self._quiet = _QuietQueries(self._current)
 
     def exchange(
@@ -261,12 +264,14 @@ class Transport:
         cancelled: Callable[[], bool] | None = None,
         patience_seconds: float | None = None,
         connection: Connection = PLAIN_CONNECTION,
+        sent_by: str = "",
     ) -> Response:
         """Send one request and return its answer, whatever its status.
 
         A kept-alive connection that the server had closed meanwhile is replaced without a word (RFC
         9112, section 9.3.1). Raises CancelledError, UnavailableError, or RegistryError for what
-        another try would not mend. ``patience_seconds`` replaces the usual wait for an answer.
+        another try would not mend. ``patience_seconds`` replaces the usual wait for an answer;
+        ``sent_by`` is the registry whose redirect or challenge names ``url``.
         """
         from urllib3 import HTTPHeaderDict, Timeout
 
@@ -282,6 +287,8 @@ class Transport:
             now = self.clock.monotonic()
             limit = patience_seconds or connect_seconds + self._stall_seconds
             watch = Watch(public_url(url), cancelled, now, now + limit)
+            if sent_by and not self._proxies.choose(url):
+                watch.refuses = partial(is_refused_peer, registry_peer=self._peers.get(sent_by, ""))
             self._current.watch = watch
             self.watchdog.add(watch)
             try:
@@ -307,6 +314,8 @@ class Transport:
             finally:
                 self._current.watch = None
             watch.in_body = True
+            if watch.peer and not sent_by:
+                self._peers[host_of(url)] = watch.peer
             response = Response(raw, watch, self, url)
             if watch.verdict:
                 response.close()

@@ -27,13 +27,16 @@ class Watch:
     """One exchange: what may end it, and what it has seen.
 
     Only time spent waiting for the peer counts for its speed: a reader that is itself slow (a full
-    disk queue, a hash) must not make a good source look bad.
+    disk queue, a hash) must not make a good source look bad. ``refuses`` tells addresses that a
+    connection made for it must not lead to; ``peer`` is the one that it led to.
     """
 
     url: str
     cancelled: Callable[[], bool] | None
     begun: float
     headers_deadline: float
+    refuses: Callable[[str], bool] | None = None
+    peer: str = ""
     connection: socket.socket | None = None
     reused: bool = False
     in_body: bool = False

@@ -8,6 +8,7 @@ from stowray.pipeline.addresses import (
     canonical_address,
     foreign_refusal,
     is_loopback,
+    is_refused_peer,
     origin_of,
     realm_refusal,
     refusal,
@@ -99,3 +100,23 @@ def test_origin_is_scheme_host_and_port() -> None:
     assert not same_origin("https://a.example/", "https://a.example:444/")
     assert not same_origin("https://a.example/", "http://a.example:443/")
     assert origin_of("http://[2001:DB8::1]/x") == ("http", "2001:db8::1", 80)
+
+
+@pytest.mark.parametrize(
+    ("address", "registry_peer", "refused"),
+    [
+        ("93.184.216.34", "93.184.216.35", False),
+        ("127.0.0.1", "93.184.216.35", True),
+        ("127.0.0.1", "", True),
+        ("::1", "10.0.0.1", True),
+        ("127.0.0.1", "127.0.0.1", False),
+        ("169.254.169.254", "93.184.216.35", True),
+        ("169.254.169.254", "127.0.0.1", True),
+        ("fe80::1%eth0", "", True),
+        ("::ffff:169.254.169.254", "", True),
+        # A cloud's private endpoint behind a public name.
+        ("10.0.0.1", "93.184.216.35", False),
+    ],
+)
+def test_where_a_name_may_lead(address: str, registry_peer: str, refused: bool) -> None:
+    assert is_refused_peer(address, registry_peer) == refused

@@ -447,3 +447,30 @@ def _answering(answer: bytes) -> Iterator[str]:
     listener.shutdown(socket.SHUT_RDWR)
     listener.close()
     thread.join()
+
+
+# Where names lead
+
+
+def test_a_name_must_not_lead_to_loopback(registry: FakeRegistry, transport: Transport) -> None:
+    url = blob(registry).replace("127.0.0.1", "localhost")
+    with pytest.raises(RegistryError, match="not public") as caught:
+        transport.exchange("GET", url, sent_by="registry.example")
+    assert not caught.value.retryable
+    assert registry.requests == []
+    # A registry that is itself reached there may name it.
+    read_all(transport.exchange("GET", blob(registry)))
+    read_all(transport.exchange("GET", url, sent_by=registry.host))
+
+
+def test_addresses_are_tried_in_turn(
+    registry: FakeRegistry, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = int(registry.host.rpartition(":")[2])
+    with socket.socket() as dead:
+        # Bound and not listening: refuses at once, as a dead route of one family does later.
+        dead.bind(("127.0.0.1", 0))
+        addresses = [dead.getsockname(), ("127.0.0.1", port)]
+        found = [(socket.AF_INET, socket.SOCK_STREAM, 6, "", address) for address in addresses]
+        monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: found)
+        assert read_all(transport.exchange("GET", "http://two.example/v2/a/blobs/blob")) == DATA
