@@ -9,7 +9,6 @@ behind the end of the tar. Whatever fails, all threads have ended when the call 
 from __future__ import annotations
 
 import errno
-import os
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,8 @@ from stowray.pipeline.entry_list import write_entry_list
 from stowray.pipeline.errors import LayerError, escape
 from stowray.pipeline.files import storage_error
 from stowray.pipeline.limits import DEFAULT_LIMITS, LayerLimits
-from stowray.pipeline.staged_tree import IMPLIED, PHANTOM, DependsOnBelowError
+from stowray.pipeline.notes import below_notes, make_notes
+from stowray.pipeline.staged_tree import PHANTOM, DependsOnBelowError
 from stowray.pipeline.tar import TarReader
 
 if TYPE_CHECKING:
@@ -28,16 +28,6 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.overlay import ChainView
-
-# Keys of ``Staged.notes``; the values are lists of paths, undecodable bytes as surrogates.
-# Directories without an entry of their own: they take the attributes of the directory below.
-IMPLIED_NOTE = "implied"
-# Directories that only hold whiteouts: they are only there if there is a directory below.
-WHITEOUTS_NOTE = "whiteouts"
-# Names that were passed through; no symlink may stand there below.
-WALKED_NOTE = "walked"
-# Entries that can only be applied when what lies below is known.
-BELOW_NOTE = "below"
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,35 +94,15 @@ def _apply(applier: LayerApplier, reader: TarReader, directory: Path) -> dict[st
                 # It is staged again above its chain; only the diff ID is still of use.
                 for _ in entries:
                     continue
-                return {BELOW_NOTE: _names([name])}
+                return below_notes(name)
         name = b""
-        phantoms = {id(found) for _, found in applier.tree.assumed if found.state == PHANTOM}
+        phantoms = {id(found) for found in applier.tree.assumed if found.state == PHANTOM}
         applier.finish()
         if not applier.maker.privileged:
             write_entry_list(directory, applier.maker.records())
     except OSError as error:
         raise _translated(error, name, directory) from error
-    return _notes(applier, phantoms)
-
-
-def _notes(applier: LayerApplier, phantoms: set[int]) -> dict[str, Any]:
-    tree = applier.tree
-    implied: list[bytes] = []
-    whiteouts: list[bytes] = []
-    walked = set(tree.walked)
-    for path, directory in tree.assumed:
-        if directory.state != IMPLIED or not directory.inherits or not tree.has(path, directory):
-            walked.add(path)
-        elif id(directory) in phantoms:
-            whiteouts.append(path)
-        else:
-            implied.append(path)
-    found = {IMPLIED_NOTE: implied, WHITEOUTS_NOTE: whiteouts, WALKED_NOTE: sorted(walked)}
-    return {key: _names(paths) for key, paths in found.items() if paths}
-
-
-def _names(paths: list[bytes]) -> list[str]:
-    return [os.fsdecode(path) for path in paths]
+    return make_notes(applier.tree, phantoms)
 
 
 def _translated(error: OSError, name: bytes, directory: Path) -> Exception:

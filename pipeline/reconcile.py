@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import os
 import stat
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stowray.pipeline import tree_ops
 from stowray.pipeline.entry_list import OWNER, Record, read_entry_list, write_entry_list
 from stowray.pipeline.files import translated
-from stowray.pipeline.layer import BELOW_NOTE, IMPLIED_NOTE, WALKED_NOTE, WHITEOUTS_NOTE
+from stowray.pipeline.notes import BELOW, IMPLIED_DIRECTORY, PLAIN, WHITEOUTS, Name, read_names
+from stowray.pipeline.staged_tree import IMPLIED, Directory, StagedTree
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
     from pathlib import Path
 
     from stowray.pipeline.layer import Staged
@@ -30,95 +29,99 @@ def settle(tree: Path, staged: Staged, below: ChainView) -> bool:
 
     Idempotent: a settle that was killed may be done again with the same arguments.
     """
-    notes = staged.notes
-    if notes.get(BELOW_NOTE):
+    if staged.notes.get(BELOW):
         return False
-    implied = [os.fsencode(path) for path in notes.get(IMPLIED_NOTE, ())]
-    whiteouts = [os.fsencode(path) for path in notes.get(WHITEOUTS_NOTE, ())]
-    walked = [os.fsencode(path) for path in notes.get(WALKED_NOTE, ())]
-    found = {path: below.find(path) for path in (*implied, *whiteouts, *walked)}
-    if any(node is not None and node.is_symlink for node in found.values()):
+    names = list(read_names(staged.notes))
+    if not names:
+        return True
+    nodes = _find(names, below)
+    if nodes is None:
         return False
-    directories = [
-        (path, node)
-        for path in (*implied, *whiteouts)
-        if (node := found[path]) is not None and node.is_directory
-    ]
-    kept = {path for path, _ in directories}
     with translated(tree, "settle a layer"):
-        # The deepest first: a directory without a twin below holds only such directories.
-        for path in sorted(whiteouts, key=lambda path: path.count(b"/"), reverse=True):
-            if path not in kept:
-                _remove(tree, path)
-        for path, node in directories:
-            _adopt(tree, path, node, below)
-    if directories and not below.privileged:
-        _record(tree, directories, below)
+        staged_tree = StagedTree(tree, None)
+        try:
+            _mend(staged_tree, names, nodes, below)
+        finally:
+            staged_tree.close()
+    adopted = [node for node in nodes if node is not None]
+    if adopted and not below.privileged:
+        _record(tree, names, nodes, below)
     return True
 
 
-@contextmanager
-def _open(tree: Path, path: bytes) -> Iterator[int | None]:
-    """Give a descriptor of a directory of the tree; None if it is not there (any more)."""
-    here = os.open(tree, tree_ops.OPEN_DIRECTORY)
-    try:
-        for name in path.split(b"/") if path else ():
-            try:
-                child = os.open(name, tree_ops.OPEN_DIRECTORY, dir_fd=here)
-            except FileNotFoundError:
-                os.close(here)
-                here = -1
-                break
-            os.close(here)
-            here = child
-        yield None if here < 0 else here
-    finally:
-        if here >= 0:
-            os.close(here)
-
-
-def _remove(tree: Path, path: bytes) -> None:
-    """Remove a directory that only holds whiteouts, without a trace in its parent's times."""
-    parent, _, name = path.rpartition(b"/")
-    with _open(tree, path) as directory:
-        if directory is None:
-            return
-        tree_ops.empty_directory(directory)
-    with _open(tree, parent) as above:
-        if above is None:
-            return
-        status = os.fstat(above)
-        # A plain user may have closed the directory to himself, as the layer says.
-        os.fchmod(above, 0o700)
-        os.rmdir(name, dir_fd=above)
-        os.fchmod(above, stat.S_IMODE(status.st_mode))
-        os.utime(above, ns=(status.st_atime_ns, status.st_mtime_ns))
-
-
-def _adopt(tree: Path, path: bytes, node: Node, below: ChainView) -> None:
-    """Give a directory of the tree the attributes of the one below."""
-    with _open(tree, path) as directory:
-        if directory is None:
-            return
-        mode = node.mode
-        if below.privileged:
-            os.fchown(directory, node.uid, node.gid)
+def _find(names: list[Name], below: ChainView) -> list[Node | None] | None:
+    """Return the directory below of each name, if there is one; None if a symlink is in the way."""
+    nodes: list[Node | None] = []
+    for parent, name, kind in names:
+        if parent < 0:
+            node = below.find(name)
         else:
-            mode |= 0o500
-        unset = below.unset_xattrs(node)
-        wanted = {key: value for key, value in below.xattrs(node).items() if key not in unset}
-        for _, error in tree_ops.set_xattrs(directory, wanted):
-            raise error
-        os.fchmod(directory, mode)
-        os.utime(directory, ns=(node.mtime_ns, node.mtime_ns))
+            above = nodes[parent]
+            node = None if above is None else below.find(above.path + b"/" + name)
+        if node is not None and not node.is_directory:
+            if node.is_symlink and kind != PLAIN:
+                return None
+            node = None
+        nodes.append(node)
+    return nodes
 
 
-def _record(tree: Path, directories: list[tuple[bytes, Node]], below: ChainView) -> None:
+def _mend(tree: StagedTree, names: list[Name], nodes: list[Node | None], below: ChainView) -> None:
+    directories: list[Directory] = []
+    for parent, name, _ in names:
+        above = tree.root if parent < 0 else directories[parent]
+        directories.append(Directory(above, name, IMPLIED))
+    # Parents come first, so this goes from the deepest up: what only holds whiteouts, and has no
+    # twin below, holds only directories like itself.
+    for directory, (_, _, kind), node in zip(
+        reversed(directories), reversed(names), reversed(nodes), strict=True
+    ):
+        if kind not in (IMPLIED_DIRECTORY, WHITEOUTS):
+            continue
+        if node is not None:
+            _adopt(tree.descriptor(directory), node, below)
+        elif kind == WHITEOUTS:
+            _remove(tree, directory)
+
+
+def _remove(tree: StagedTree, directory: Directory) -> None:
+    """Remove a directory that only holds whiteouts, without a trace in its parent's times."""
+    if directory.parent is None or not tree.is_on_disk(directory):
+        return
+    tree_ops.empty_directory(tree.descriptor(directory))
+    above = tree.descriptor(directory.parent)
+    status = os.fstat(above)
+    # A plain user may have closed the directory to himself, as the layer says.
+    os.fchmod(above, 0o700)
+    tree.forget(directory)
+    os.rmdir(directory.name, dir_fd=above)
+    os.fchmod(above, stat.S_IMODE(status.st_mode))
+    os.utime(above, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def _adopt(descriptor: int, node: Node, below: ChainView) -> None:
+    """Give a directory of the tree the attributes of the one below."""
+    mode = node.mode
+    if below.privileged:
+        os.fchown(descriptor, node.uid, node.gid)
+    else:
+        mode |= 0o500
+    unset = below.unset_xattrs(node)
+    wanted = {key: value for key, value in below.xattrs(node).items() if key not in unset}
+    for _, error in tree_ops.set_xattrs(descriptor, wanted):
+        raise error
+    os.fchmod(descriptor, mode)
+    os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
+
+
+def _record(tree: Path, names: list[Name], nodes: list[Node | None], below: ChainView) -> None:
     records = read_entry_list(tree)
-    for path, node in directories:
+    for (_, _, kind), node in zip(names, nodes, strict=True):
+        if node is None or kind not in (IMPLIED_DIRECTORY, WHITEOUTS):
+            continue
         xattrs = below.unset_xattrs(node)
         if (node.uid, node.gid) != OWNER or node.mode & 0o500 != 0o500 or xattrs:
-            records[path] = Record(
+            records[node.path] = Record(
                 stat.S_IFDIR, node.mode, node.uid, node.gid, node.mtime_ns, node.device, xattrs
             )
     write_entry_list(tree, records.items())

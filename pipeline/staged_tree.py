@@ -108,8 +108,8 @@ class Directory:
 class StagedTree:
     """Resolves and makes the directories of a layer; ``lower`` is what lies below, if it is known.
 
-    ``assumed`` collects ``(path, directory)`` of each directory that was taken for something that
-    is no symlink below, ``walked`` the paths of those that no directory was made for.
+    ``assumed`` collects each directory that was taken for something that is no symlink below,
+    ``walked`` the paths of those that no directory was made for.
     """
 
     def __init__(self, directory: Path, lower: ChainView | None) -> None:
@@ -117,7 +117,7 @@ class StagedTree:
         self.lower = lower
         self.root = Directory(None, b"", IMPLIED)
         self.root.descriptor = os.open(directory, tree_ops.OPEN_DIRECTORY)
-        self.assumed: list[tuple[bytes, Directory]] = []
+        self.assumed: list[Directory] = []
         self.walked: set[bytes] = set()
         # Counts removals: a path that was resolved before one may lead elsewhere after it.
         self.removals = 0
@@ -161,6 +161,24 @@ class StagedTree:
                 self._close(next(iter(self._open.values())))
             above = child
         return directory.descriptor
+
+    def forget(self, directory: Directory) -> None:
+        """Close the descriptor of a directory that is being removed."""
+        if id(directory) in self._open:
+            self._close(directory)
+
+    def is_on_disk(self, directory: Directory) -> bool:
+        """Return whether a directory that may have been removed before is there."""
+        chain: list[Directory] = []
+        here = directory
+        while here.parent is not None and here.descriptor < 0:
+            chain.append(here)
+            here = here.parent
+        for child in reversed(chain):
+            parent = child.parent or self.root
+            if not tree_ops.exists(self.descriptor(parent), child.name):
+                return False
+        return True
 
     def _close(self, directory: Directory) -> None:
         del self._open[id(directory)]
@@ -261,7 +279,7 @@ class StagedTree:
         for name in beyond:
             child = here.children[name] = Directory(here, name, PHANTOM)
             child.inherits = True
-            self.assumed.append((child.path(), child))
+            self.assumed.append(child)
             here = child
         return here
 
@@ -296,27 +314,26 @@ class StagedTree:
             os.mkdir(name, 0o700, dir_fd=descriptor)
         if not certain:
             child.inherits = True
-            self.assumed.append((child.path(), child))
+            self.assumed.append(child)
         here.children[name] = child
         return child
 
     def materialise(self, directory: Directory) -> None:
         """Put a phantom and the phantoms above it on disk."""
-        missing = [directory]
-        above = directory.parent
-        while above is not None and above.state == PHANTOM:
-            missing.append(above)
-            above = above.parent
+        missing: list[Directory] = []
+        here: Directory | None = directory
+        while here is not None and here.state == PHANTOM:
+            missing.append(here)
+            here = here.parent
+        hidden = here is not None and here.hides()
         while missing:
             child = missing.pop()
-            parent = child.parent
-            if parent is None:
-                continue
-            if parent.hides():
+            if hidden:
                 # It was removed, with all else from below, after it had been noted.
                 child.inherits = False
                 child.attributes = DEFAULT_ATTRIBUTES
-            os.mkdir(child.name, 0o700, dir_fd=self.descriptor(parent))
+            if child.parent is not None:
+                os.mkdir(child.name, 0o700, dir_fd=self.descriptor(child.parent))
             child.state = IMPLIED
 
     def unlink(self, here: Directory, name: bytes) -> None:
@@ -358,10 +375,3 @@ class StagedTree:
     def bottom_up(self) -> Iterator[Directory]:
         """Yield all directories of the layer, each after those in it, the root last."""
         return self._bottom_up(self.root)
-
-    def has(self, path: bytes, directory: Directory) -> bool:
-        """Return whether ``directory`` is still what stands at ``path``."""
-        here: Directory | None = self.root
-        for name in path.split(b"/"):
-            here = here.children.get(name) if here is not None else None
-        return here is directory
