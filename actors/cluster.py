@@ -78,12 +78,12 @@ def session_name(role: str) -> str:
     return f"stowray/{PROTOCOL}/{role}"
 
 
-def start_resolver(placement: Placement, store: str) -> ActorProxy[ResolverActor]:
+def start_resolver(placement: Placement) -> ActorProxy[ResolverActor]:
     """Start the resolver of a run or session."""
     from stowray.actors.resolver import ResolverActor
 
     remote = _remote(ResolverActor, work=32, control=2)
-    return remote.options(**placement.options()).remote(store)
+    return remote.options(**placement.options()).remote()
 
 
 def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
@@ -95,21 +95,21 @@ def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
 
 
 def start_node(
-    placement: Placement, store: str, node: str, unpackers: int, *, stays: bool
+    placement: Placement, node: str, unpackers: int, *, stays: bool
 ) -> ActorProxy[NodeActor]:
-    """Start the actor that owns the store of one node; ``stays``: beyond the run, in a session."""
+    """Start the actor that owns the stores of one node; ``stays``: beyond the run, in a session."""
     from stowray.actors.node import NodeActor
 
     remote = _remote(NodeActor, pulls=64, notes=2, control=4)
-    return remote.options(**placement.options()).remote(store, node, unpackers, stays)
+    return remote.options(**placement.options()).remote(node, unpackers, stays)
 
 
-def start_fetcher(node_id: str, store: str) -> ActorProxy[FetchActor]:
+def start_fetcher(node_id: str) -> ActorProxy[FetchActor]:
     """Start a fetcher on a node."""
     from stowray.actors.fetcher import FetchActor
 
     remote = _remote(FetchActor, work=64, control=2, life=1)
-    return remote.options(**Placement(node_id).options()).remote(store)
+    return remote.options(**Placement(node_id).options()).remote()
 
 
 def start_unpacker(node_id: str) -> ActorProxy[UnpackActor]:

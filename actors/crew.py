@@ -128,6 +128,7 @@ class ActorCrew:
         if step.kind == "fetch":
             pool = self._pools.fetchers
             task |= {
+                "store": str(self._store.path),
                 "source": source.to_dict(),
                 "descriptor": step.descriptor.to_dict(),
                 "settings": self._settings_fields,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 NAMESPACE = "stowray"
 # Plans, results and progress are all that passes through the object store; 78 MB is Ray's minimum.
 OBJECT_STORE_SIZE = 128 << 20
+START_SECONDS = 60.0
 ATTACH_SECONDS = 15.0
 CONNECT_SECONDS = 5.0
 END_SECONDS = 5.0
@@ -58,10 +59,13 @@ def embedded_ray(*, num_cpus: int | None = None) -> Iterator[RayAddress]:
                 environment.refresh()
             if ray.is_initialized():
                 raise NodeError("embedded Ray", "this process is connected to another Ray already")
+            keeper = _Keeper(directory, num_cpus)
             try:
-                yield _start(directory, token_path, num_cpus)
+                node_id, gcs_address = keeper.start()
+                yield RayAddress(gcs_address, node_id, is_own=True, token_path=token_path)
             finally:
-                _stop(directory)
+                _stop(directory, is_connected=keeper.is_started)
+                keeper.end()
 
 
 @contextmanager
@@ -84,7 +88,8 @@ def attached_ray(
             raise NodeError(address, "this process is connected to another Ray already")
         _attach(address, seconds)
         try:
-            yield _here(is_own=False, token_path=token_path)
+            node_id, gcs_address = _here()
+            yield RayAddress(gcs_address, node_id, is_own=False, token_path=token_path)
         finally:
             _shut_down()
 
@@ -96,7 +101,8 @@ def joined_ray() -> Iterator[RayAddress]:
 
     if not ray.is_initialized():
         raise NodeError("ray", "this process is not connected to any Ray")
-    yield _here(is_own=False, token_path=None)
+    node_id, gcs_address = _here()
+    yield RayAddress(gcs_address, node_id, is_own=False)
 
 
 def is_connected() -> bool:
@@ -108,30 +114,70 @@ def is_connected() -> bool:
     return ray.is_initialized()
 
 
-def _start(directory: Path, token_path: Path, num_cpus: int | None) -> RayAddress:
-    import ray
+class _Keeper:
+    """The thread that starts a Ray and outlives it.
 
-    with _kept_handlers():
+    Ray lets its processes die with the thread that started them (prctl(2), PR_SET_PDEATHSIG), and
+    leaves the handlers of SIGINT and SIGTERM alone outside the main thread. Besides, a caller that
+    waits for a thread can be interrupted, one inside ``ray.init`` cannot.
+    """
+
+    def __init__(self, directory: Path, num_cpus: int | None) -> None:
+        self._directory = directory
+        self._num_cpus = num_cpus
+        self._ready = threading.Event()
+        self._over = threading.Event()
+        self._failures: list[BaseException] = []
+        self._thread = threading.Thread(target=self._keep, name="ray-keeper", daemon=True)
+
+    @property
+    def is_started(self) -> bool:
+        """Return whether Ray came up."""
+        return self._ready.is_set() and not self._failures
+
+    def start(self) -> tuple[str, str]:
+        """Start Ray and return the node's ID and the head's address."""
+        self._thread.start()
+        if not self._ready.wait(START_SECONDS):
+            raise DeadlineError("starting an embedded Ray", START_SECONDS)
+        if self._failures:
+            reason = f"did not start: {_one_line(self._failures[0])}"
+            raise NodeError("embedded Ray", reason) from self._failures[0]
+        return _here()
+
+    def end(self) -> None:
+        """Let the thread end."""
+        self._over.set()
+
+    def _keep(self) -> None:
+        import ray
+
         try:
-            ray.init(
-                address="local",
-                num_cpus=num_cpus,
-                include_dashboard=False,
-                log_to_driver=False,
-                configure_logging=False,
-                object_store_memory=OBJECT_STORE_SIZE,
-                namespace=NAMESPACE,
-                _temp_dir=str(directory),
-            )
-        except (RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
-            raise NodeError("embedded Ray", f"did not start: {_one_line(error)}") from error
-    return _here(is_own=True, token_path=token_path)
+            with _quiet():
+                ray.init(
+                    address="local",
+                    num_cpus=self._num_cpus,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    configure_logging=False,
+                    object_store_memory=OBJECT_STORE_SIZE,
+                    namespace=NAMESPACE,
+                    _temp_dir=str(self._directory),
+                )
+        except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises
+            self._failures.append(error)
+        self._ready.set()
+        self._over.wait()
 
 
-def _stop(directory: Path) -> None:
+def _stop(directory: Path, *, is_connected: bool) -> None:
     started = started_below(directory)
     try:
-        _shut_down()
+        if is_connected:
+            _shut_down()
+        else:
+            # ray.shutdown would wait for a ray.init that is still under way.
+            processes.end(started, grace_seconds=0.0)
     finally:
         for process in processes.wait_gone(started, END_SECONDS):
             process.send(signal.SIGKILL)
@@ -168,7 +214,7 @@ def _attach(address: str, seconds: float) -> None:
         except (OSError, OverflowError) as error:
             raise NodeError(address, f"no Ray answers there ({_one_line(error)})") from error
     # In a thread of its own, because nothing else ends a wait inside ray.init. The thread starts
-    # no process, and Ray leaves the signal handlers alone outside the main thread.
+    # no process, so that it may end; Ray leaves the signal handlers alone outside the main thread.
     failures: list[Exception] = []
     thread = threading.Thread(
         target=_connect, args=(address, failures), name="ray-attach", daemon=True
@@ -187,45 +233,35 @@ def _attach(address: str, seconds: float) -> None:
 def _connect(address: str, failures: list[Exception]) -> None:
     import ray
 
-    logger = logging.getLogger("ray._private.worker")
-    level = logger.level
-    # It warns that it leaves the SIGTERM handler alone, which is what is wanted here.
-    logger.setLevel(logging.ERROR)
     try:
-        ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False)
+        with _quiet():
+            ray.init(
+                address=address, namespace=NAMESPACE, log_to_driver=False, configure_logging=False
+            )
     except Exception as error:  # noqa: BLE001 - handed to the waiting thread, which translates it
         failures.append(error)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Hold back Ray's warning that it leaves the SIGTERM handler alone: that is what is wanted."""
+    logger = logging.getLogger("ray._private.worker")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
     finally:
         logger.setLevel(level)
 
 
-def _here(*, is_own: bool, token_path: Path | None) -> RayAddress:
+def _here() -> tuple[str, str]:
+    """Return the ID of this process's node and the address of the head."""
     import ray
 
     context = ray.get_runtime_context()
-    return RayAddress(
-        address=context.gcs_address,
-        node_id=context.get_node_id(),
-        is_own=is_own,
-        token_path=token_path,
-    )
+    return context.get_node_id(), context.gcs_address
 
 
-@contextmanager
-def _kept_handlers() -> Iterator[None]:
-    """Undo what Ray does to the handlers of SIGTERM and SIGINT."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    kept = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            if handler is not None:
-                signal.signal(number, handler)
-
-
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

@@ -21,12 +21,12 @@ from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, jo
 from stowray.actors.headwatch import HeadWatch
 from stowray.actors.processes import Process
 from stowray.actors.session import warm_session
-from stowray.actors.wire import options_to_dict, settings_to_dict
+from stowray.actors.wire import documents_of, options_to_dict, settings_to_dict
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
 from stowray.pipeline.errors import CancelledError, NodeError, UsageError, from_wire
-from stowray.pipeline.image import CONFIG_LIMIT, MANIFEST_LIMIT, Image
+from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Event
-from stowray.pipeline.resolve import document_digests
+from stowray.pipeline.resolve import Request
 from stowray.pipeline.result import PullResult
 
 if TYPE_CHECKING:
@@ -42,6 +42,10 @@ TRIES = 3
 POLL_SECONDS = 1.0
 # Members have three seconds to stop and are ended then; Ctrl-C has five.
 CANCEL_SECONDS = 4.5
+
+
+def _say_nothing(*_what: object, **_more: object) -> None:
+    """Report to nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +82,7 @@ class RayEngine(LocalEngine):
         return self._connected()
 
     def connect(self) -> None:
-        """Connect now instead of with the first pull.
-
-        An embedded Ray lives as long as the thread that starts it: call this, or pull first, from
-        a thread that outlives the engine.
-        """
+        """Connect now instead of with the first pull."""
         self._connected()
 
     def close(self) -> None:
@@ -96,9 +96,15 @@ class RayEngine(LocalEngine):
     def pull(
         self, source: Source, options: PullOptions, cancelled: Callable[[], bool] = never
     ) -> PullResult:
-        """Bring ``source`` into the store; see :meth:`LocalEngine.pull`."""
+        """Bring ``source`` into the store; see :meth:`LocalEngine.pull`.
+
+        Where Ray was not asked for, what is complete already is answered without it.
+        """
+        if self.settings.engine == "auto" and self._is_here(source, options):
+            return replace(super().pull(source, options, cancelled), engine=LocalEngine.name)
         with self._reported(source):
             entered = time.perf_counter()
+            self.begin()
             self._connected()
             begun = time.perf_counter()
             report = self.progress.reporter(source.canonical)
@@ -122,12 +128,24 @@ class RayEngine(LocalEngine):
         cancelled: Callable[[], bool] = never,
     ) -> PullResult:
         """Pull an image that was resolved before; see :meth:`LocalEngine.pull_image`."""
-        limit = max(MANIFEST_LIMIT, CONFIG_LIMIT)
-        documents = {
-            str(digest): self.store.read_blob(digest, limit) for digest in document_digests(image)
-        }
+        documents = documents_of(self.store, image)
         with self._reported(source):
             return self._pull_remotely(source, image, documents, options, cancelled)
+
+    def _is_here(self, source: Source, options: PullOptions) -> bool:
+        """Return whether the store alone answers for ``source``, complete and without a network."""
+        request = Request(
+            reference=source,
+            platform=self.platform(options),
+            strict=self.settings.resolve.strict_platform,
+            policy=options.policy,
+            report=_say_nothing,
+            cancelled=never,
+        )
+        resolver = self._get_resolver(source)
+        if not resolver.is_known(request):
+            return False
+        return self._plan(resolver.image(request), options).is_complete
 
     def _resolve_remotely(
         self, source: Source, options: PullOptions, cancelled: Callable[[], bool]
@@ -135,6 +153,7 @@ class RayEngine(LocalEngine):
         run = secrets.token_hex(8)
         request = {
             "run": run,
+            "store": str(self.store.path),
             "node": self.settings.node_name,
             "source": source.to_dict(),
             "options": options_to_dict(options),
@@ -155,6 +174,7 @@ class RayEngine(LocalEngine):
         run = secrets.token_hex(8)
         request = {
             "run": run,
+            "store": str(self.store.path),
             "source": source.to_dict(),
             "image": image.to_dict(),
             "documents": documents,
@@ -237,7 +257,7 @@ class RayEngine(LocalEngine):
             return self._crew_of_run(self._stack.enter_context(joined_ray()))
         if address and address != "local":
             return self._crew_of_run(self._stack.enter_context(attached_ray(address)))
-        session = warm_session(self.settings)
+        session = warm_session()
         if session is not None:
             ray = self._stack.enter_context(
                 attached_ray(session.address, token_path=Path(session.token_path))
@@ -262,12 +282,11 @@ class RayEngine(LocalEngine):
 
         if not ray.is_own:
             self._require_like(ray)
-        store = str(self.store.path)
         place = cluster.Placement(ray.node_id, restarts=2)
         node = cluster.start_node(
-            place, store, self.settings.node_name, self.settings.worker_count(), stays=False
+            place, self.settings.node_name, self.settings.worker_count(), stays=False
         )
-        resolver = cluster.start_resolver(place, store)
+        resolver = cluster.start_resolver(place)
         progress = cluster.start_progress(cluster.Placement(ray.node_id))
         if not ray.is_own:
             # An embedded Ray ends with all that is in it; elsewhere our actors go with us.

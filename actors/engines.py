@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors.wire import settings_from_dict
 from stowray.pipeline.engine import LocalEngine
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import Request
+from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -23,7 +25,6 @@ if TYPE_CHECKING:
     from stowray.pipeline.image import Image
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
-    from stowray.pipeline.store import Store
 
 KEPT = 8
 
@@ -57,26 +58,44 @@ class NodeEngine(LocalEngine):
     name = "ray"
 
 
-class Engines:
-    """One engine per settings, each over the same store."""
+class Stores:
+    """The stores that a process has opened."""
 
-    def __init__(self, store: Store) -> None:
-        self._store = store
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._stores: dict[str, Store] = {}
+
+    def get(self, path: str) -> Store:
+        """Return the store at ``path``, opened when it is asked for first."""
+        with self._lock:
+            store = self._stores.get(path)
+            if store is None or not store.path.is_dir():
+                # Removed meanwhile, by hand or by a test: a new one may stand in its place.
+                store = self._stores[path] = Store.open(Path(path))
+            return store
+
+
+class Engines:
+    """One engine per store and settings."""
+
+    def __init__(self) -> None:
+        self._stores = Stores()
         self._lock = threading.Lock()
         self._engines: OrderedDict[str, MemberEngine] = OrderedDict()
 
-    def get(self, settings: Mapping[str, Any]) -> MemberEngine:
+    def get(self, store: str, settings: Mapping[str, Any]) -> MemberEngine:
         """Return the engine for ``settings``, made when it is asked for first.
 
         The least recently used beyond a few is dropped, not closed: a task may still use it, and
         its connections end with it.
         """
-        key = json.dumps(settings, sort_keys=True)
+        key = json.dumps([store, settings], sort_keys=True)
+        opened = self._stores.get(store)
         with self._lock:
             engine = self._engines.get(key)
-            if engine is None:
+            if engine is None or engine.store is not opened:
                 engine = self._engines[key] = MemberEngine(
-                    settings_from_dict(settings), progress=Progress(), store=self._store
+                    settings_from_dict(settings), progress=Progress(), store=opened
                 )
             self._engines.move_to_end(key)
             while len(self._engines) > KEPT:

@@ -1,4 +1,4 @@
-"""Fetches blobs into the store of its node; one process, many threads, bytes to disk only.
+"""Fetches blobs into a store of its node; one process, many threads, bytes to disk only.
 
 Invariant: a task lost with this process leaves a resumable ingest behind; whoever repeats it goes
 on at the same byte.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import threading
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -18,15 +17,14 @@ from stowray.actors.reporting import task_report
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.source import source_from_dict
-from stowray.pipeline.store import Store
 
 
 class FetchActor:
     """The shell round a :class:`Fetcher`."""
 
-    def __init__(self, store: str) -> None:
+    def __init__(self) -> None:
         self._tasks = Tasks()
-        self._engines = Engines(Store.open(Path(store)))
+        self._engines = Engines()
 
     @ray.method(concurrency_group="work")
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
@@ -37,7 +35,7 @@ class FetchActor:
             task_report(task["owner"], task["run"], task["node"], task["reference"]) as told,
         ):
             fetched = (
-                self._engines.get(task["settings"])
+                self._engines.get(task["store"], task["settings"])
                 .fetcher(source)
                 .fetch(
                     source,

@@ -1,4 +1,4 @@
-"""The actor that owns the store of one node and walks the plans of all pulls there.
+"""The actor that owns the stores of one node and walks the plans of all pulls there.
 
 Invariant: pulls run side by side, each on its own thread and with its own share of the pools, and
 share every blob and layer through the store's locks; the same walk as in-process, so the same
@@ -7,10 +7,10 @@ results; when a pull has ended, nothing of it works on.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -18,7 +18,7 @@ import ray
 import stowray
 from stowray.actors import cluster, frames
 from stowray.actors.crew import ActorCrew, Pools
-from stowray.actors.engines import NodeEngine
+from stowray.actors.engines import NodeEngine, Stores
 from stowray.actors.pool import Pool
 from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL
@@ -30,20 +30,23 @@ from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import document_digests
 from stowray.pipeline.source import source_from_dict
-from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
+
+    from stowray.pipeline.settings import Settings
+    from stowray.pipeline.store import Store
 
 DRIVER_POLL_SECONDS = 1.0
 IDLE_SYNC_SECONDS = 2.0
 
 
 class NodeActor:
-    """The shell round :class:`NodeEngine`, one per pull, over one store and two pools."""
+    """The shell round :class:`NodeEngine`, one per pull, over two pools."""
 
-    def __init__(self, store: str, node: str, unpackers: int, stays: bool) -> None:
-        self._store = Store.open(Path(store))
+    def __init__(self, node: str, unpackers: int, stays: bool) -> None:
+        self._stores = Stores()
         self._node = node
         self._tasks = Tasks()
         self._runs: dict[str, Progress] = {}
@@ -52,7 +55,7 @@ class NodeActor:
             fetchers=Pool(
                 f"fetch/{node}",
                 max(1, unpackers // 4),
-                start=lambda _name: cluster.start_fetcher(node_id, store),
+                start=lambda _name: cluster.start_fetcher(node_id),
                 end=cluster.end,
                 watch=cluster.when_ended,
             ),
@@ -64,7 +67,7 @@ class NodeActor:
                 watch=cluster.when_ended,
             ),
         )
-        self._syncer = _Syncer(self._store, self._tasks) if stays else None
+        self._syncer = _Syncer(self._tasks) if stays else None
 
     @ray.method(concurrency_group="control")
     def describe(self) -> dict[str, Any]:
@@ -75,8 +78,6 @@ class NodeActor:
             "node": self._node,
             "pid": os.getpid(),
             "uid": os.geteuid(),
-            "store": str(self._store.path),
-            "nonce": self._store.nonce,
             "pulls": self._tasks.count(),
         }
 
@@ -109,8 +110,6 @@ class NodeActor:
             if forwarder is not None:
                 forwarder.close()
         reply["events"] = [event.to_dict() for event in progress.events()]
-        if self._syncer is not None:
-            self._syncer.touch()
         return reply
 
     @ray.method(concurrency_group="notes")
@@ -135,6 +134,7 @@ class NodeActor:
         self, request: dict[str, Any], progress: Progress, cancelled: Callable[[], bool]
     ) -> dict[str, Any]:
         settings = settings_from_dict(request["settings"])
+        store = self._store(request, settings)
         source = source_from_dict(request["source"])
         image = Image.from_dict(request["image"])
         digests = [*document_digests(image), *(layer.digest for layer in image.layers)]
@@ -144,21 +144,27 @@ class NodeActor:
             owner=cluster.own_handle(),
             settings=settings,
             settings_fields=request["settings"],
-            store=self._store,
+            store=store,
             progress=progress,
         )
-        engine = NodeEngine(settings, progress=progress, store=self._store, crew=crew)
+        engine = NodeEngine(settings, progress=progress, store=store, crew=crew)
         try:
-            with self._store.lease(
+            with store.lease(
                 f"pull {source.canonical}", digests=digests, chain_ids=image.chain_ids
             ):
                 for digest, body in request["documents"].items():
-                    self._store.put_blob(Digest(digest), body)
-                    self._store.confirm(Digest(digest), source.name)
+                    store.put_blob(Digest(digest), body)
+                    store.confirm(Digest(digest), source.name)
                 options = options_from_dict(request["options"])
                 return engine.pull_image(source, image, options, cancelled).to_dict()
         finally:
             engine.close()
+            if self._syncer is not None:
+                self._syncer.touch(store)
+
+    def _store(self, request: dict[str, Any], settings: Settings) -> Store:
+        """Return the store that the request names, else the one that the settings give here."""
+        return self._stores.get(request["store"] or str(settings.store_path()))
 
     def _forwarder(self, request: dict[str, Any]) -> frames.Forwarder | None:
         actor = request["progress"]
@@ -182,29 +188,31 @@ class NodeActor:
 
 
 class _Syncer:
-    """Makes the store durable when no pull has run for a while, off every pull's path."""
+    """Makes stores durable when no pull has run for a while, off every pull's path."""
 
-    def __init__(self, store: Store, tasks: Tasks) -> None:
-        self._store = store
+    def __init__(self, tasks: Tasks) -> None:
         self._tasks = tasks
+        self._written: dict[Path, Store] = {}
         self._wanted = threading.Event()
         threading.Thread(target=self._serve, name="sync", daemon=True).start()
 
-    def touch(self) -> None:
-        """Note that something was written."""
+    def touch(self, store: Store) -> None:
+        """Note that something was written to ``store``."""
+        self._written[store.path] = store
         self._wanted.set()
 
     def _serve(self) -> None:
         while True:
             self._wanted.wait()
             time.sleep(IDLE_SYNC_SECONDS)
-            if self._tasks.count() == 0:
-                self._wanted.clear()
-                try:
-                    self._store.sync()
-                except StowrayError:
-                    # Until a sync succeeds the store is trusted for this boot only: no harm.
-                    continue
+            if self._tasks.count():
+                continue
+            self._wanted.clear()
+            written, self._written = self._written, {}
+            for store in written.values():
+                # Until a sync succeeds the store is trusted for this boot only: no harm.
+                with contextlib.suppress(StowrayError, OSError):
+                    store.sync()
 
 
 def _or_orphaned(request: dict[str, Any], cancelled: Callable[[], bool]) -> Callable[[], bool]:

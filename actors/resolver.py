@@ -7,37 +7,29 @@ carries its documents along, so that no node has to ask for them again.
 from __future__ import annotations
 
 import os
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import ray
 
 from stowray.actors.engines import Engines
 from stowray.actors.tasks import Tasks
-from stowray.actors.wire import options_from_dict
+from stowray.actors.wire import documents_of, options_from_dict
 from stowray.pipeline.errors import StowrayError, to_wire
-from stowray.pipeline.image import CONFIG_LIMIT, MANIFEST_LIMIT
 from stowray.pipeline.progress import Progress
-from stowray.pipeline.resolve import document_digests
 from stowray.pipeline.source import source_from_dict
-from stowray.pipeline.store import Store
-
-if TYPE_CHECKING:
-    from stowray.pipeline.image import Image
 
 
 class ResolverActor:
-    """The shell round a :class:`Resolver` over the store of the driver's node."""
+    """The shell round a :class:`Resolver` on the driver's node."""
 
-    def __init__(self, store: str) -> None:
+    def __init__(self) -> None:
         self._tasks = Tasks()
-        self._store = Store.open(Path(store))
-        self._engines = Engines(self._store)
+        self._engines = Engines()
 
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return ``{image, requests, documents, events}`` or ``{error, events}``."""
-        engine = self._engines.get(request["settings"])
+        engine = self._engines.get(request["store"], request["settings"])
         source = source_from_dict(request["source"])
         options = options_from_dict(request["options"])
         progress = Progress(node=request["node"])
@@ -49,7 +41,7 @@ class ResolverActor:
             reply = {
                 "image": image.to_dict(),
                 "requests": requests,
-                "documents": self._documents(image),
+                "documents": documents_of(engine.store, image),
             }
         except StowrayError as error:
             progress.fail_open(source.canonical, str(error))
@@ -66,9 +58,3 @@ class ResolverActor:
     def pid(self) -> int:
         """Return the number of this process."""
         return os.getpid()
-
-    def _documents(self, image: Image) -> dict[str, bytes]:
-        limit = max(MANIFEST_LIMIT, CONFIG_LIMIT)
-        return {
-            str(digest): self._store.read_blob(digest, limit) for digest in document_digests(image)
-        }

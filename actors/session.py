@@ -14,6 +14,7 @@ import re
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 from dataclasses import dataclass
@@ -27,7 +28,6 @@ from stowray.pipeline.clock import Boot
 from stowray.pipeline.errors import (
     DeadlineError,
     NodeError,
-    NotFoundError,
     StorageError,
     from_wire,
 )
@@ -36,6 +36,7 @@ from stowray.pipeline.locks import locked
 
 if TYPE_CHECKING:
     import subprocess
+    from contextlib import AbstractContextManager
 
     from stowray.pipeline.settings import Settings
 
@@ -55,7 +56,6 @@ class Session:
     address: str
     token_path: str
     directory: str
-    store: str
     version: str
     protocol: int
     python: str
@@ -72,7 +72,6 @@ class Session:
             "address": self.address,
             "token_path": self.token_path,
             "directory": self.directory,
-            "store": self.store,
             "version": self.version,
             "protocol": self.protocol,
             "python": self.python,
@@ -92,7 +91,6 @@ class Session:
             address=str(data["address"]),
             token_path=str(data["token_path"]),
             directory=str(data["directory"]),
-            store=str(data["store"]),
             version=str(data["version"]),
             protocol=int(data["protocol"]),
             python=str(data["python"]),
@@ -133,6 +131,16 @@ class SessionStatus:
     detail: str
     session: Session | None = None
 
+    @property
+    def running(self) -> bool:
+        """Return whether there is a session that answers."""
+        return self.state == "running"
+
+    def sentence(self) -> str:
+        """Return the state for a human."""
+        word = {"running": "a session runs", "dead": "the session is dead", "none": "no session"}
+        return f"{word[self.state]}: {self.detail}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return the answer of ``session status`` as plain data."""
         session = self.session
@@ -142,43 +150,101 @@ class SessionStatus:
             "address": session.address if session else None,
             "pid": session.host.pid if session else None,
             "version": session.version if session else None,
-            "store": session.store if session else None,
             "created": session.created if session else None,
         }
 
 
-def state_path(store: Path) -> Path:
-    """Return where the state of this host's session over ``store`` is kept."""
-    return _path(store, "json")
+def state_folder() -> Path:
+    """Return this user's folder for the session's state file.
+
+    ``$XDG_RUNTIME_DIR/stowray``, else ``stowray`` in ``$XDG_STATE_HOME`` (``~/.local/state``).
+    A file that outlives a reboot does no harm: it names the boot that it speaks of.
+    """
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    if runtime:
+        return Path(runtime) / "stowray"
+    state = os.environ.get("XDG_STATE_HOME", "")
+    return (Path(state) if state else Path.home() / ".local" / "state") / "stowray"
 
 
-def find_session(store: Path) -> Session | None:
-    """Return what the state file says, None when there is none or it cannot be read."""
+def state_path(folder: Path) -> Path:
+    """Return where the state of this host's session is kept."""
+    return _path(folder, "json")
+
+
+def find_session(folder: Path) -> Session | None:
+    """Return what the state file says, None when there is none or it cannot be believed."""
     try:
-        data = json.loads(read_regular(state_path(store), STATE_LIMIT))
+        if not _is_private(folder):
+            # Whoever else may write there could lead us to a Ray of theirs.
+            return None
+        data = json.loads(read_regular(state_path(folder), STATE_LIMIT))
         return Session.from_dict(data)
     except (OSError, StorageError, ValueError, KeyError, TypeError, RecursionError):
         # A half-made or foreign file is no session; start replaces it.
         return None
 
 
-def is_warm(settings: Settings) -> bool:
-    """Return whether this node's session over the store of ``settings`` can take a pull now."""
-    return warm_session(settings) is not None
+def is_warm(_settings: Settings) -> bool:
+    """Return whether this user's session on this node can take a pull now, of any store."""
+    return warm_session() is not None
 
 
-def warm_session(settings: Settings) -> Session | None:
-    """Return this node's session over the store of ``settings`` if it can take a pull now."""
-    session = find_session(settings.store_path())
+def warm_session() -> Session | None:
+    """Return this user's session on this node if it can take a pull now."""
+    session = find_session(state_folder())
     return session if session is not None and session.fits and session.is_alive else None
 
 
-def session_status(settings: Settings) -> SessionStatus:
-    """Describe the session over the store of ``settings``; touches nothing."""
-    store = settings.store_path()
-    session = find_session(store)
+def status(_settings: Settings) -> SessionStatus:
+    """Describe this user's session; touches nothing."""
+    return _status(state_folder())
+
+
+def start(settings: Settings, *, seconds: float = START_SECONDS) -> SessionStatus:
+    """Start a session and return once its crew is warm; one that runs already is kept.
+
+    Raises NodeError when it does not come up, DeadlineError when not in time; nothing of it is
+    left running then.
+    """
+    folder = state_folder()
+    with translated(folder, "make the session's folder"):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not _is_private(folder):
+            raise StorageError(
+                str(folder), "others may write there: remove it, or set XDG_RUNTIME_DIR"
+            )
+    with _alone(folder):
+        known = _status(folder)
+        if known.running and known.session is not None and known.session.fits:
+            return known
+        if known.session is not None:
+            _end(known.session)
+        _launch(settings, folder, seconds)
+        return _status(folder)
+
+
+def stop(_settings: Settings) -> SessionStatus:
+    """End the session's processes, those and no others."""
+    folder = state_folder()
+    if not folder.is_dir():
+        return SessionStatus("none", "there was none")
+    with _alone(folder):
+        session = find_session(folder)
+        if session is None:
+            return SessionStatus("none", "there was none")
+        was_alive = session.is_alive
+        _end(session)
+        with contextlib.suppress(FileNotFoundError):
+            state_path(folder).unlink()
+    detail = f"process {session.host.pid} ended" if was_alive else "it had ended already"
+    return SessionStatus("none", detail)
+
+
+def _status(folder: Path) -> SessionStatus:
+    session = find_session(folder)
     if session is None:
-        return SessionStatus("none", f"no session over {store}")
+        return SessionStatus("none", "none was started")
     if not session.is_alive:
         return SessionStatus("dead", f"its process {session.host.pid} is gone", session)
     if not _answers(session.address):
@@ -190,53 +256,24 @@ def session_status(settings: Settings) -> SessionStatus:
     return SessionStatus("running", f"at {session.address}, process {session.host.pid}", session)
 
 
-def start_session(settings: Settings, *, seconds: float = START_SECONDS) -> Session:
-    """Start a session and return once its crew is warm; one that runs already is returned.
-
-    Raises NodeError when it does not come up, DeadlineError when not in time; nothing of it is
-    left running then.
-    """
-    from stowray.pipeline.store import Store
-
-    store = Store.open(settings.store_path()).path
-    with locked(_path(store, "lock"), what="the session of this store", wait_seconds=seconds):
-        status = session_status(settings)
-        if status.state == "running" and status.session is not None and status.session.fits:
-            return status.session
-        if status.session is not None:
-            _end(status.session)
-        return _launch(settings, store, seconds)
+def _alone(folder: Path) -> AbstractContextManager[None]:
+    """Keep other starts and stops out."""
+    return locked(_path(folder, "lock"), what="the session", wait_seconds=2 * START_SECONDS)
 
 
-def stop_session(settings: Settings) -> bool:
-    """End the session's processes, those and no others; return whether there was one."""
-    store = settings.store_path()
-    if not store.is_dir():
-        return False
-    with locked(_path(store, "lock"), what="the session of this store", wait_seconds=START_SECONDS):
-        session = find_session(store)
-        if session is None:
-            return False
-        was_alive = session.is_alive
-        _end(session)
-        with contextlib.suppress(FileNotFoundError):
-            state_path(store).unlink()
-        return was_alive
-
-
-def write_state(store: Path, session: Session) -> None:
+def write_state(folder: Path, session: Session) -> None:
     """Put the state file in its place, readable for its owner only."""
-    path = state_path(store)
+    path = state_path(folder)
     with translated(path, "write the session's state"):
         replace_file(path, json.dumps(session.to_dict(), indent=1).encode(), mode=0o600)
 
 
-def remove_state(store: Path, host: Process) -> None:
+def remove_state(folder: Path, host: Process) -> None:
     """Remove the state file if it is the one of ``host``."""
-    session = find_session(store)
+    session = find_session(folder)
     if session is not None and session.host == host:
         with contextlib.suppress(FileNotFoundError):
-            state_path(store).unlink()
+            state_path(folder).unlink()
 
 
 def _end(session: Session) -> None:
@@ -259,10 +296,10 @@ def _end(session: Session) -> None:
     scratch.sweep(Path(session.directory).parent)
 
 
-def _launch(settings: Settings, store: Path, seconds: float) -> Session:
+def _launch(settings: Settings, folder: Path, seconds: float) -> None:
     import subprocess
 
-    log = _path(store, "log")
+    log = _path(folder, "log")
     with translated(log, "write the session's log"):
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
@@ -280,7 +317,7 @@ def _launch(settings: Settings, store: Path, seconds: float) -> Session:
     finally:
         os.close(descriptor)
     config = {
-        "store": str(store),
+        "folder": str(folder),
         "node": settings.node_name,
         "unpackers": settings.worker_count(),
     }
@@ -299,12 +336,8 @@ def _launch(settings: Settings, store: Path, seconds: float) -> Session:
         if told:
             raise from_wire(*told)
         raise NodeError("session", f"ended while starting; see {log}")
-    session = find_session(store)
-    if session is None:
-        raise NotFoundError("the state of the session just started", str(state_path(store)))
     # It belongs to nobody now: this process must not wait for it.
     host.returncode = 0
-    return session
 
 
 def _converse(host: subprocess.Popen[bytes], config: bytes, seconds: float) -> dict[str, Any]:
@@ -342,7 +375,16 @@ def _answers(address: str) -> bool:
     return True
 
 
-def _path(store: Path, suffix: str) -> Path:
-    # One store may be mounted on several hosts, each with a session of its own.
+def _is_private(folder: Path) -> bool:
+    found = folder.lstat()
+    return (
+        stat.S_ISDIR(found.st_mode)
+        and found.st_uid == os.geteuid()
+        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    )
+
+
+def _path(folder: Path, suffix: str) -> Path:
+    # A home directory may be mounted on several hosts, each with a session of its own.
     host = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname()) or "localhost"
-    return store / f"session-{host}.{suffix}"
+    return folder / f"session-{host}.{suffix}"

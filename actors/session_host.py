@@ -45,11 +45,11 @@ def main() -> None:
 
 
 def _hold(config: dict[str, Any], stop: threading.Event) -> None:
-    store = Path(config["store"])
+    folder = Path(config["folder"])
     with embedded_ray() as address:
         _start_crew(address, config)
-        session = _describe(address, store)
-        write_state(store, session)
+        session = _describe(address)
+        write_state(folder, session)
         try:
             _answer({"ready": True})
             core = [process for process in session.processes if process.name in _CORE]
@@ -58,7 +58,7 @@ def _hold(config: dict[str, Any], stop: threading.Event) -> None:
                     # Without them nobody can be served; what is left ends with this process.
                     sys.exit(1)
         finally:
-            remove_state(store, session.host)
+            remove_state(folder, session.host)
 
 
 _CORE = ("gcs_server", "raylet")
@@ -70,22 +70,19 @@ def _start_crew(address: RayAddress, config: dict[str, Any]) -> None:
     def place(role: str) -> cluster.Placement:
         return cluster.Placement(address.node_id, cluster.session_name(role), restarts=3)
 
-    node = cluster.start_node(
-        place("node"), config["store"], config["node"], config["unpackers"], stays=True
-    )
-    resolver = cluster.start_resolver(place("resolver"), config["store"])
+    node = cluster.start_node(place("node"), config["node"], config["unpackers"], stays=True)
+    resolver = cluster.start_resolver(place("resolver"))
     cluster.start_progress(place("progress"))
     cluster.wait(resolver.pid.remote(), "session resolver", seconds=WARM_SECONDS)
     cluster.wait(node.members.remote(), "session crew", seconds=WARM_SECONDS)
 
 
-def _describe(address: RayAddress, store: Path) -> Session:
+def _describe(address: RayAddress) -> Session:
     token_path = address.token_path or Path()
     return Session(
         address=address.address,
         token_path=str(token_path),
         directory=str(token_path.parent),
-        store=str(store),
         version=stowray.__version__,
         protocol=PROTOCOL,
         python=sys.executable,

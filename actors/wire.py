@@ -10,7 +10,9 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.engine import PullOptions
+from stowray.pipeline.image import CONFIG_LIMIT, MANIFEST_LIMIT
 from stowray.pipeline.platform import Platform
+from stowray.pipeline.resolve import document_digests
 from stowray.pipeline.settings import (
     RegistrySettings,
     ResolveSettings,
@@ -20,6 +22,9 @@ from stowray.pipeline.settings import (
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from stowray.pipeline.image import Image
+    from stowray.pipeline.store import Store
 
 _SECTIONS = {
     "resolve": ResolveSettings,
@@ -61,3 +66,9 @@ def options_from_dict(fields: Mapping[str, Any]) -> PullOptions:
         unpack=bool(fields["unpack"]),
         sync=bool(fields["sync"]),
     )
+
+
+def documents_of(store: Store, image: Image) -> dict[str, bytes]:
+    """Return the documents that lead to ``image``, for a node that may not have them."""
+    limit = max(MANIFEST_LIMIT, CONFIG_LIMIT)
+    return {str(digest): store.read_blob(digest, limit) for digest in document_digests(image)}

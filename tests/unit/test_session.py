@@ -19,6 +19,7 @@ from stowray.actors import processes, session
 from stowray.actors.processes import Process
 from stowray.actors.session import Session
 from stowray.pipeline.clock import Boot
+from stowray.pipeline.errors import StorageError
 from stowray.pipeline.settings import Settings
 
 if TYPE_CHECKING:
@@ -42,15 +43,14 @@ def start() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Path:
-    path = tmp_path / "store"
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = session.state_folder()
     path.mkdir(0o700)
     return path
 
 
-@pytest.fixture
-def settings(store: Path) -> Settings:
-    return Settings(store=str(store))
+SETTINGS = Settings()
 
 
 def found(pid: int) -> Process:
@@ -59,12 +59,13 @@ def found(pid: int) -> Process:
     return process
 
 
-def describe(store: Path, host: Process, *others: Process, address: str = "127.0.0.1:1") -> Session:
+def describe(
+    folder: Path, host: Process, *others: Process, address: str = "127.0.0.1:1"
+) -> Session:
     return Session(
         address=address,
-        token_path=str(store / "gone" / "token"),
-        directory=str(store / "gone"),
-        store=str(store),
+        token_path=str(folder / "gone" / "token"),
+        directory=str(folder / "gone"),
         version=stowray.__version__,
         protocol=session.PROTOCOL,
         python=sys.executable,
@@ -76,13 +77,13 @@ def describe(store: Path, host: Process, *others: Process, address: str = "127.0
     )
 
 
-def test_what_is_written_is_found_again_and_private(store: Path, settings: Settings) -> None:
-    written = describe(store, Process.own(), Process(1, 2, "a (b) c"))
-    session.write_state(store, written)
-    path = session.state_path(store)
-    assert session.find_session(store) == written
+def test_what_is_written_is_found_again_and_private(folder: Path) -> None:
+    written = describe(folder, Process.own(), Process(1, 2, "a (b) c"))
+    session.write_state(folder, written)
+    path = session.state_path(folder)
+    assert session.find_session(folder) == written
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert session.is_warm(settings)
+    assert session.is_warm(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -97,22 +98,30 @@ def test_what_is_written_is_found_again_and_private(store: Path, settings: Setti
         pytest.param(b"\xff\xfe", id="not text"),
     ],
 )
-def test_an_unreadable_state_is_no_session(store: Path, settings: Settings, text: bytes) -> None:
-    session.state_path(store).write_bytes(text)
-    assert session.find_session(store) is None
-    assert not session.is_warm(settings)
-    assert session.session_status(settings).state == "none"
-    assert not session.stop_session(settings)
+def test_an_unreadable_state_is_no_session(folder: Path, text: bytes) -> None:
+    session.state_path(folder).write_bytes(text)
+    assert session.find_session(folder) is None
+    assert not session.is_warm(SETTINGS)
+    assert session.status(SETTINGS).state == "none"
+    session.stop(SETTINGS)
 
 
-def test_a_planted_link_or_fifo_is_no_session(store: Path, tmp_path: Path) -> None:
+def test_a_folder_that_others_may_write_to_is_not_believed(folder: Path) -> None:
+    session.write_state(folder, describe(folder, Process.own()))
+    folder.chmod(0o722)
+    assert session.find_session(folder) is None
+    with pytest.raises(StorageError, match="others may write there"):
+        session.start(SETTINGS)
+
+
+def test_a_planted_link_or_fifo_is_no_session(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
-    elsewhere.write_text(json.dumps(describe(store, Process.own()).to_dict()))
-    session.state_path(store).symlink_to(elsewhere)
-    assert session.find_session(store) is None
-    session.state_path(store).unlink()
-    os.mkfifo(session.state_path(store))
-    assert session.find_session(store) is None
+    elsewhere.write_text(json.dumps(describe(folder, Process.own()).to_dict()))
+    session.state_path(folder).symlink_to(elsewhere)
+    assert session.find_session(folder) is None
+    session.state_path(folder).unlink()
+    os.mkfifo(session.state_path(folder))
+    assert session.find_session(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -129,51 +138,47 @@ def test_a_planted_link_or_fifo_is_no_session(store: Path, tmp_path: Path) -> No
         ),
     ],
 )
-def test_what_does_not_fit_is_not_warm(
-    store: Path, settings: Settings, change: Callable[[Session], Session]
-) -> None:
-    session.write_state(store, change(describe(store, Process.own())))
-    assert session.find_session(store) is not None
-    assert not session.is_warm(settings)
+def test_what_does_not_fit_is_not_warm(folder: Path, change: Callable[[Session], Session]) -> None:
+    session.write_state(folder, change(describe(folder, Process.own())))
+    assert session.find_session(folder) is not None
+    assert not session.is_warm(SETTINGS)
 
 
 def test_status_tells_running_from_dead(
-    store: Path, settings: Settings, start: Callable[[], subprocess.Popen[bytes]]
+    folder: Path, start: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
-    assert session.session_status(settings).state == "none"
+    assert session.status(SETTINGS).state == "none"
     host = start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        session.write_state(store, describe(store, found(host.pid), address=address))
-        assert session.session_status(settings).state == "running"
-    status = session.session_status(settings)
+        session.write_state(folder, describe(folder, found(host.pid), address=address))
+        assert session.status(SETTINGS).state == "running"
+    status = session.status(SETTINGS)
     assert (status.state, status.detail) == ("dead", f"nothing answers at {address}")
     host.kill()
     host.wait()
-    status = session.session_status(settings)
+    status = session.status(SETTINGS)
     assert status.state == "dead"
     assert status.to_dict()["pid"] == host.pid
-    assert session.find_session(store) is not None, "status must touch nothing"
+    assert session.find_session(folder) is not None, "status must touch nothing"
 
 
 def test_stop_ends_the_recorded_processes_and_no_others(
-    store: Path, settings: Settings, start: Callable[[], subprocess.Popen[bytes]]
+    folder: Path, start: Callable[[], subprocess.Popen[bytes]]
 ) -> None:
     host, member, stranger = start(), start(), start()
     ours = found(host.pid), found(member.pid)
     # The number of a process that has ended may belong to somebody else by now.
     reused = replace(found(stranger.pid), start=found(stranger.pid).start - 1)
-    session.write_state(store, describe(store, *ours, reused))
-    assert session.stop_session(settings)
+    session.write_state(folder, describe(folder, *ours, reused))
+    session.stop(SETTINGS)
     assert not any(process.is_alive for process in ours)
     assert stranger.poll() is None, "A STRANGER WAS ENDED"
-    assert session.session_status(settings).state == "none"
-    assert not session.stop_session(settings)
+    assert session.status(SETTINGS).state == "none"
+    session.stop(SETTINGS)
 
 
-def test_stop_ends_one_that_ignores_sigterm(
-    store: Path, settings: Settings, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stop_ends_one_that_ignores_sigterm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "STOP_SECONDS", 0.2)
     program = "import signal, sys; signal.signal(15, signal.SIG_IGN); print(flush=True); input()"
     with subprocess.Popen(
@@ -182,8 +187,8 @@ def test_stop_ends_one_that_ignores_sigterm(
         assert host.stdout is not None
         host.stdout.readline()
         process = found(host.pid)
-        session.write_state(store, describe(store, process))
-        assert session.stop_session(settings)
+        session.write_state(folder, describe(folder, process))
+        session.stop(SETTINGS)
         assert not process.is_alive
 
 
@@ -195,36 +200,35 @@ def test_stop_ends_one_that_ignores_sigterm(
     ],
 )
 def test_stop_of_another_boots_session_signals_nobody(
-    store: Path,
-    settings: Settings,
+    folder: Path,
     start: Callable[[], subprocess.Popen[bytes]],
     change: Callable[[Session], Session],
 ) -> None:
     bystander = start()
-    session.write_state(store, change(describe(store, found(bystander.pid))))
-    assert not session.stop_session(settings)
+    session.write_state(folder, change(describe(folder, found(bystander.pid))))
+    session.stop(SETTINGS)
     assert bystander.poll() is None, "A STRANGER WAS ENDED"
-    assert session.session_status(settings).state == "none"
+    assert session.status(SETTINGS).state == "none"
 
 
-def test_a_session_that_ends_leaves_its_successors_state(store: Path) -> None:
-    successor = describe(store, Process.own())
-    session.write_state(store, successor)
-    session.remove_state(store, Process(1, 1))
-    assert session.find_session(store) == successor
-    session.remove_state(store, Process.own())
-    assert session.find_session(store) is None
+def test_a_session_that_ends_leaves_its_successors_state(folder: Path) -> None:
+    successor = describe(folder, Process.own())
+    session.write_state(folder, successor)
+    session.remove_state(folder, Process(1, 1))
+    assert session.find_session(folder) == successor
+    session.remove_state(folder, Process.own())
+    assert session.find_session(folder) is None
 
 
-def test_asking_whether_a_session_is_warm_imports_no_ray(store: Path) -> None:
+def test_asking_whether_a_session_is_warm_imports_no_ray(folder: Path) -> None:
     program = (
         "import sys\n"
         "from stowray.actors.session import is_warm\n"
         "from stowray.pipeline.settings import Settings\n"
-        "assert not is_warm(Settings(store=sys.argv[1]))\n"
+        "assert not is_warm(Settings())\n"
         "print(*sorted({'ray', 'urllib3', 'msgpack', 'subprocess'} & set(sys.modules)))\n"
     )
     done = subprocess.run(
-        [sys.executable, "-c", program, str(store)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
