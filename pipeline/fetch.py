@@ -8,7 +8,7 @@ never committed. A cancelled fetch keeps what it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -43,9 +43,11 @@ if TYPE_CHECKING:
 BUFFER_SIZE = 256 * 1024
 REPORT_EVERY = 1 << 20
 REPORT_SECONDS = 0.1
+FIRST_LOOK_SECONDS = 0.005
 TAKE_OVER_SECONDS = 0.1
 WRONG_LIMIT = 2
 SHORT_LIMIT = 1000
+EARLIER_RUN = 0
 # What one source may fail with while another one need not.
 SOURCE_ERRORS = (NotFoundError, UnauthorizedError, RegistryError, NodeError, DeadlineError)
 
@@ -94,6 +96,7 @@ class _Work:
     wrong: int = 0
     short: int = 0
     opened: bool = False
+    writers: set[int] = field(default_factory=set)  # who wrote into this generation
 
     def tell(self, status: str, current: int) -> None:
         self.report("blob", str(self.descriptor.digest), status, current, self.descriptor.size)
@@ -176,6 +179,7 @@ class Fetcher:
         """Become the blob's writer; while another one is at it, tell how far that one is."""
         descriptor = work.descriptor
         shown = -1
+        pause = FIRST_LOOK_SECONDS
         while True:
             if work.cancelled():
                 raise CancelledError(str(descriptor.digest))
@@ -188,7 +192,8 @@ class Fetcher:
             if progress > shown:
                 shown = progress
                 work.tell("downloading" if progress else "waiting", progress)
-            wait(TAKE_OVER_SECONDS, self._clock, work.cancelled, str(descriptor.digest))
+            wait(pause, self._clock, work.cancelled, str(descriptor.digest))
+            pause = min(2 * pause, TAKE_OVER_SECONDS)
 
     def _arrived(self, digest: Digest) -> int:
         """Return how much of the blob its writer has exposed."""
@@ -216,6 +221,8 @@ class Fetcher:
         if not work.origins:
             raise NotFoundError(str(work.descriptor.digest), "any source")
         work.tell("downloading", ingest.offset)
+        if ingest.offset:
+            work.writers.add(EARLIER_RUN)
         errors: dict[int, StowrayError] = {}
         tired = 0
         while True:
@@ -232,8 +239,7 @@ class Fetcher:
                 raise
             except ContentError as error:
                 errors[id(origin)] = error
-                _blame(origin, error)
-                self._note_wrong(work, ingest, error)
+                self._note_wrong(work, ingest, origin, error)
                 tired = 0
             except SOURCE_ERRORS as error:
                 errors[id(origin)] = error
@@ -269,9 +275,9 @@ class Fetcher:
         ) as stream:
             work.source = stream.source
             work.opened = True
-            self._copy(work, ingest, stream)
+            self._copy(work, ingest, stream, id(origin))
 
-    def _copy(self, work: _Work, ingest: Ingest, stream: BlobStream) -> None:
+    def _copy(self, work: _Work, ingest: Ingest, stream: BlobStream, writer: int) -> None:
         size = work.descriptor.size
         buffer = memoryview(bytearray(BUFFER_SIZE))
         read_into = _reader(stream)
@@ -290,6 +296,7 @@ class Fetcher:
                 # No ranges there: what is here already comes again, and is not looked at.
                 skip -= count
                 continue
+            work.writers.add(writer)
             ingest.write(buffer[:count])
             self._tell_progress(work, ingest.offset)
         self._expect_end(work, read_into, buffer)
@@ -324,17 +331,31 @@ class Fetcher:
             error = UnavailableError(work.source, 0, "CUT", "the body ended early")
             work.retries.pause(error, work.cancelled)
 
-    def _note_wrong(self, work: _Work, ingest: Ingest, error: ContentError) -> None:
-        """Void the generation; the next source, or this one once more, begins at the first byte."""
-        work.wrong += 1
+    def _note_wrong(
+        self, work: _Work, ingest: Ingest, origin: Origin | Place, error: ContentError
+    ) -> None:
+        """Void the generation and choose who is to begin the next one at the first byte.
+
+        The digest of the whole does not tell whose bytes were wrong: a source is only given up for
+        them if they were all its own, and the registry itself is asked before anybody else.
+        """
         work.retries.count += 1
+        own = not work.opened or work.writers <= {id(origin)}
+        if own:
+            _blame(origin, error)
         if work.opened:
             ingest.restart()
+            work.writers.clear()
         # Else the answer was refused by its headers, which say nothing against what is here.
-        if len(work.origins) > 1:
-            work.origins.pop(0)
-        elif work.wrong >= WRONG_LIMIT:
-            raise error
+        home = work.sources[-1]
+        if len(work.origins) == 1 or origin is home:
+            work.wrong += own
+            if work.wrong >= WRONG_LIMIT:
+                raise error
+        else:
+            work.origins.remove(origin)
+        if work.opened and home in work.origins:
+            work.origins = [home]
         work.tell("retrying", ingest.offset)
 
 

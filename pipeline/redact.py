@@ -15,15 +15,15 @@ from stowray.pipeline.errors import escape
 HARMLESS_QUERIES = frozenset({"ns", "scope", "service"})
 DETAIL_LIMIT = 500
 
-_URL = re.compile(r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+")
-_CREDENTIALS = re.compile(r"\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}", re.IGNORECASE)
-_JWT = re.compile(r"\beyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)*")
-_ASSIGNED = re.compile(
-    r"(?P<name>[\w-]*(?:token|password|secret|signature|authorization|credential)[\w-]*"
-    r"[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s\"'&,;}<>]{4,})",
-    re.IGNORECASE,
+# Compiled when first used, which is when something went wrong: they take as long as a request.
+_URL = r"\b[A-Za-z][A-Za-z0-9+.-]*://[^\s\"'<>]+"
+_CREDENTIALS = r"(?i)\b(bearer|basic)\s+[A-Za-z0-9._~+/=-]{6,}"
+_JWT = r"\beyJ[A-Za-z0-9_-]{8,}(?:\.[A-Za-z0-9_-]*)*"
+_ASSIGNED = (
+    r"(?i)(?P<name>[\w-]*(?:token|password|secret|signature|authorization|credential)[\w-]*"
+    r"[\"']?\s*[=:]\s*[\"']?)(?P<value>[^\s\"'&,;}<>]{4,})"
 )
-_TARGET = re.compile(r"(/[^\s\"'?<>]*)\?[^\s\"'<>]+")
+_TARGET = r"(/[^\s\"'?<>]*)\?[^\s\"'<>]+"
 
 
 def redact_url(url: str) -> str:
@@ -69,11 +69,11 @@ def redact_text(text: str, secrets: tuple[str, ...] = (), limit: int = DETAIL_LI
             text = text.replace(secret, "REDACTED")
     # Before the patterns, whose time grows with the square of the length.
     text = text[: 2 * limit]
-    text = _URL.sub(lambda match: public_url(match[0]), text)
-    text = _TARGET.sub(r"\1", text)
-    text = _CREDENTIALS.sub(r"\1 REDACTED", text)
-    text = _JWT.sub("REDACTED", text)
-    text = _ASSIGNED.sub(r"\g<name>REDACTED", text)
+    text = re.sub(_URL, lambda match: public_url(match[0]), text)
+    text = re.sub(_TARGET, r"\1", text)
+    text = re.sub(_CREDENTIALS, r"\1 REDACTED", text)
+    text = re.sub(_JWT, "REDACTED", text)
+    text = re.sub(_ASSIGNED, r"\g<name>REDACTED", text)
     text = escape(text.strip())
     return text if len(text) <= limit else text[:limit] + "…"
 

@@ -461,6 +461,31 @@ def test_a_dead_mirror_is_left_and_the_error_is_the_registry_s(bench: Bench) -> 
     assert bench.holds()
 
 
+def test_a_mirror_s_wrong_half_is_not_charged_to_the_registry(bench: Bench) -> None:
+    with FakeRegistry() as mirror:
+        mirror.add_blob(b"x" + DATA[1:], BLOB.digest)
+        mirror.fault("/blobs/", Fault(cut="fin", after=2_000_000), repeat=True)
+        near = _At(bench.registry(), f"{mirror.host}/{NAME}")
+        fetched = bench.fetcher([near, bench.registry()]).fetch(
+            bench.reference, BLOB, report=bench.reports
+        )
+        assert mirror.count() == 1
+    assert bench.holds()
+    assert fetched.source == bench.fake.host
+    assert bench.ranges() == [f"bytes=2000000-{SIZE - 1}", None]
+
+
+def test_an_earlier_run_s_wrong_bytes_are_not_charged_to_the_registry(bench: Bench) -> None:
+    ingest = bench.store.acquire(BLOB.digest, SIZE)
+    assert ingest is not None
+    with ingest:
+        ingest.write(b"x" + DATA[1:1_000_000])
+    bench.fake.fault("/blobs/", Fault(), Fault(corrupt=5))
+    bench.fetch()
+    assert bench.holds()
+    assert bench.ranges() == [f"bytes=1000000-{SIZE - 1}", None, None]
+
+
 class _At:
     """A registry asked for one repository whatever the reference says, as a mirror is."""
 
