@@ -42,8 +42,9 @@ __all__ = ["Flattened", "Link", "check_destination", "flatten", "write_rootfs"]
 
 Link = Literal["auto", "reflink", "copy", "hardlink"]
 
-# Files per task of a copying thread, and how many threads help at most.
-_BATCH = 128
+# Threads pay off only where the kernel copies for a while: small files cost mostly calls, for which
+# threads of one interpreter stand in each other's way (measured: twice the time).
+_LARGE = 1 << 20
 _THREADS = 4
 # Each thread's view holds a descriptor per layer tree, and more for merged directories.
 _TREES = 256
@@ -102,7 +103,7 @@ def flatten(
 
 
 class _Walk:
-    """Makes directories and all that is no file itself, and hands the files to the crew."""
+    """Makes every entry in the order of the walk, but hands large files to the crew."""
 
     def __init__(self, view: ChainView, crew: _Crew, cancelled: Callable[[], bool] | None) -> None:
         self._view = view
@@ -114,7 +115,6 @@ class _Walk:
     def run(self) -> Flattened:
         directories: list[Node] = []
         links: list[tuple[bytes, Node]] = []
-        batch: list[Node] = []
         for node in self._view.walk():
             if node.is_directory:
                 self._check_cancelled()
@@ -123,15 +123,12 @@ class _Walk:
                     self._own.do(self._own.directory, node)
             elif node.links > 1 and self._names.setdefault(node.inode, node.path) != node.path:
                 links.append((self._names[node.inode], node))
-            elif node.is_file:
-                batch.append(node)
-                if len(batch) == _BATCH:
-                    self._crew.submit(batch)
-                    batch = []
-            else:
+            elif not node.is_file:
                 self._own.do(self._own.special, node)
-        for node in batch:
-            self._own.do(self._own.file, node)
+            elif node.size < _LARGE:
+                self._own.do(self._own.file, node)
+            else:
+                self._crew.submit(node)
         result = self._crew.finish()
         for first, node in links:
             self._own.do(self._own.link, node, first)
@@ -148,7 +145,7 @@ class _Walk:
 
 
 class _Crew:
-    """Threads that copy files, each with descriptors of its own; started when there is enough."""
+    """Threads that copy large files, each with descriptors of its own; started when needed."""
 
     def __init__(self, view: ChainView, root: int, destination: Path, link: Link) -> None:
         self._view = view
@@ -176,8 +173,8 @@ class _Crew:
         self._made.append(copier)
         return copier
 
-    def submit(self, nodes: list[Node]) -> None:
-        """Have files copied some time before :meth:`finish` returns."""
+    def submit(self, node: Node) -> None:
+        """Have a file copied some time before :meth:`finish` returns."""
         if self._pool is None:
             from concurrent.futures import ThreadPoolExecutor
 
@@ -185,7 +182,7 @@ class _Crew:
             count = max(1, min(count, _TREES // max(1, len(self._view.lowers))))
             self._pool = ThreadPoolExecutor(count, thread_name_prefix="rootfs")
             self._free = [self.copier() for _ in range(count)]
-        self._tasks.append(self._pool.submit(self._work, nodes))
+        self._tasks.append(self._pool.submit(self._work, node))
 
     def finish(self) -> Flattened:
         """Wait for all copies, raise the first failure, and return what was made."""
@@ -196,12 +193,11 @@ class _Crew:
             result.add(copier.result)
         return result
 
-    def _work(self, nodes: list[Node]) -> None:
+    def _work(self, node: Node) -> None:
         # There are as many copiers as threads: one is always free.
         copier = self._free.pop()
         try:
-            for node in nodes:
-                copier.do(copier.file, node)
+            copier.do(copier.file, node)
         finally:
             self._free.append(copier)
 

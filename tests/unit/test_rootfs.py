@@ -6,6 +6,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from tests.support.chains import commit_chain
 from tests.support.images import Layout
 from tests.support.judge import assert_same_tree
 from tests.support.plain_user import plain_directory, run_plain
-from tests.support.tars import archive, directory, file
+from tests.support.tars import archive, directory, file, hardlink
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -123,6 +124,39 @@ def test_it_is_what_umoci_unpacks(store: Store, tmp_path: Path) -> None:
     peers.run(["umoci", "unpack", "--image", f"{layout.path}:it", str(tmp_path / "a" / "b" / "c")])
     write_rootfs(store, commit(store, BASE, UPPER, DEVICES), tmp_path / "out")
     assert_same_tree(tmp_path / "out", tmp_path / "a" / "b" / "c" / "rootfs")
+
+
+def large_files(count: int) -> bytes:
+    parts = [directory("./")]
+    parts += [file(f"large-{number}", b"%d" % number * (2 << 20)) for number in range(count)]
+    return archive(*parts, hardlink("again", "large-0"))
+
+
+def test_large_files_are_copied_by_threads(store: Store, tmp_path: Path) -> None:
+    chain_id = commit(store, large_files(9))
+    before = threading.active_count()
+    result = write_rootfs(store, chain_id, tmp_path / "out", link="copy")
+    assert threading.active_count() == before
+    assert (result.entries, result.size) == (10, 9 * (2 << 20))
+    assert (tmp_path / "out" / "again").samefile(tmp_path / "out" / "large-0")
+    assert_same_tree(tmp_path / "out", Snapshots(store).lowers(chain_id)[0])
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="mounts a small tmpfs: needs root")
+def test_a_full_disk_under_the_threads_leaves_nothing(store: Store, tmp_path: Path) -> None:
+    chain_id = commit(store, large_files(9))
+    small = tmp_path / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=8m", "none", str(small)], check=True)
+    before = threading.active_count()
+    try:
+        with pytest.raises(StorageError, match=r"small/out/large-\d: .*disk is full"):
+            write_rootfs(store, chain_id, small / "out")
+        assert list(small.iterdir()) == []
+        assert threading.active_count() == before
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
 
 
 def test_holes_stay_holes(store: Store, tmp_path: Path) -> None:
