@@ -167,6 +167,10 @@ class _Server(ThreadingHTTPServer):
             with self.live_lock:
                 self.live.discard(request)
             try:
+                if self.registry.plain_answer and request.recv(1, socket.MSG_PEEK) != b"\x16":
+                    request.recv(65536)
+                    request.sendall(self.registry.plain_answer)
+                    return
                 request = context.wrap_socket(request, server_side=True)
             except OSError:
                 return
@@ -397,7 +401,7 @@ class FakeRegistry:
     token_lifetime: float = 300.0
     identity_tokens: dict[str, str] = field(default_factory=dict)  # refresh token -> user
     oauth_post: bool = True
-    mirror_of: str | None = None
+    plain_answer: bytes = b""  # what a TLS listener says to plain HTTP
 
     def __post_init__(self) -> None:
         self.requests: list[Request] = []

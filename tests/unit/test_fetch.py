@@ -486,6 +486,43 @@ def test_an_earlier_run_s_wrong_bytes_are_not_charged_to_the_registry(bench: Ben
     assert bench.ranges() == [f"bytes=1000000-{SIZE - 1}", None, None]
 
 
+def test_a_source_that_hands_over_bytes_objects(bench: Bench) -> None:
+    """Images on disk and peers need not fill buffers."""
+
+    class Stream:
+        offset = 0
+        source = "file"
+
+        def __init__(self) -> None:
+            self._left = memoryview(DATA)
+
+        def read(self, size: int) -> bytes:
+            piece, self._left = self._left[:size], self._left[size:]
+            return bytes(piece)
+
+        def close(self) -> None:
+            pass
+
+        def __enter__(self) -> Stream:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.close()
+
+    class Disk:
+        def open_blob(self, *_: Any, **__: Any) -> Stream:
+            return Stream()
+
+    fetched = bench.fetcher([Disk()]).fetch(bench.reference, BLOB, report=bench.reports)
+    assert bench.holds()
+    assert fetched.source == "file"
+
+
+def test_no_source_at_all(bench: Bench) -> None:
+    with pytest.raises(NotFoundError):
+        bench.fetcher([]).fetch(bench.reference, BLOB, report=bench.reports)
+
+
 class _At:
     """A registry asked for one repository whatever the reference says, as a mirror is."""
 

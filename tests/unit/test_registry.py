@@ -560,6 +560,20 @@ def test_tls_on_loopback(make: Make, tmp_path: Path) -> None:
             make().resolve(reference(fake))
 
 
+def test_a_server_that_asks_for_tls_in_plain_words(make: Make, tmp_path: Path) -> None:
+    """Go's TLS servers answer a plain request with a 400."""
+    authority = trustme.CA()
+    path = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(path))
+    with FakeRegistry(authority=authority) as fake:
+        fake.add_image(NAME, "1", layers=[LAYER])
+        fake.plain_answer = (
+            b"HTTP/1.0 400 Bad Request\r\n\r\nClient sent an HTTP request to an HTTPS server.\n"
+        )
+        resolved = make(ca_file=str(path)).resolve(reference(fake))
+        assert resolved.descriptor.digest == tagged(fake)[0]
+
+
 def test_a_reset_is_not_taken_for_tls(fake: FakeRegistry, make: Make) -> None:
     fake.fault_connections(Fault(cut="reset"))
     assert make().resolve(reference(fake)).descriptor.digest == tagged(fake)[0]
