@@ -68,7 +68,10 @@ class Pools:
 
 
 class ActorCrew:
-    """Hands the steps of one pull to pool members; close it when the pull has ended."""
+    """Hands the steps of one pull to pool members; close it when the pull has ended.
+
+    ``origin`` is what a fetcher needs to know of the driver: settings and environment.
+    """
 
     def __init__(
         self,
@@ -77,7 +80,7 @@ class ActorCrew:
         run: str,
         owner: Any,
         settings: Settings,
-        settings_fields: dict[str, Any],
+        origin: dict[str, Any],
         store: Store,
         progress: Progress,
     ) -> None:
@@ -85,7 +88,7 @@ class ActorCrew:
         self._run = run
         self._owner = owner
         self._settings = settings
-        self._settings_fields = settings_fields
+        self._origin = origin
         self._store = store
         self._progress = progress
         self._shares = {
@@ -131,7 +134,7 @@ class ActorCrew:
                 "store": str(self._store.path),
                 "source": source.to_dict(),
                 "descriptor": step.descriptor.to_dict(),
-                "settings": self._settings_fields,
+                **self._origin,
             }
         else:
             pool = self._pools.unpackers

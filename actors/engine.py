@@ -21,7 +21,12 @@ from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, jo
 from stowray.actors.headwatch import HeadWatch
 from stowray.actors.processes import Process
 from stowray.actors.session import warm_session
-from stowray.actors.wire import documents_of, options_to_dict, settings_to_dict
+from stowray.actors.wire import (
+    documents_of,
+    options_to_dict,
+    origin_environment,
+    settings_to_dict,
+)
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
 from stowray.pipeline.errors import CancelledError, NodeError, UsageError, from_wire
 from stowray.pipeline.image import Image
@@ -40,6 +45,7 @@ if TYPE_CHECKING:
 
 TRIES = 3
 POLL_SECONDS = 1.0
+RESTART_SECONDS = 1.0
 # Members have three seconds to stop and are ended then; Ctrl-C has five.
 CANCEL_SECONDS = 4.5
 
@@ -158,6 +164,7 @@ class RayEngine(LocalEngine):
             "source": source.to_dict(),
             "options": options_to_dict(options),
             "settings": settings_to_dict(self.settings),
+            "environment": origin_environment(os.environ),
         }
         link = self._connected()
         return self._ask(link, link.resolver, link.resolver.resolve, request, "resolver", cancelled)
@@ -180,6 +187,7 @@ class RayEngine(LocalEngine):
             "documents": documents,
             "options": options_to_dict(options),
             "settings": settings_to_dict(self.settings),
+            "environment": origin_environment(os.environ),
             "progress": link.progress,
             "nodes": 1,
             # Only a session's actors outlive a driver, and they live on the driver's host.
@@ -223,8 +231,10 @@ class RayEngine(LocalEngine):
             try:
                 reply: dict[str, Any] = cluster.wait(call, where, look=wait.look)
             except NodeError:
-                if tries >= TRIES or wait.is_given_up:
+                if tries >= TRIES or wait.is_given_up or link.head.is_silent:
                     raise
+                # Ray takes a moment to start the actor again.
+                time.sleep(RESTART_SECONDS)
                 continue
             except BaseException:
                 # Ctrl-C among them: nothing may work on after this call has ended.

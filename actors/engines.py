@@ -6,6 +6,7 @@ the few that were used last; they never are constructor arguments, which Ray kee
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 from collections import OrderedDict
@@ -16,21 +17,51 @@ from stowray.actors.wire import settings_from_dict
 from stowray.pipeline.engine import LocalEngine
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import Request
+from stowray.pipeline.source import DiskImage
 from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from stowray.pipeline.engine import PullOptions
+    from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Image
+    from stowray.pipeline.origin import Origin
     from stowray.pipeline.progress import Report
+    from stowray.pipeline.settings import Settings
     from stowray.pipeline.source import Source
 
 KEPT = 8
 
 
 class MemberEngine(LocalEngine):
-    """What a fetching or resolving actor needs of an engine."""
+    """What a fetching or resolving actor needs of an engine; ``environment`` is the driver's."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        progress: Progress,
+        store: Store,
+        environment: Mapping[str, str],
+    ) -> None:
+        super().__init__(settings, progress=progress, store=store)
+        self._environment = dict(environment)
+
+    def _side(self, source: Source) -> tuple[Origin, Fetcher]:
+        if isinstance(source, DiskImage):
+            return super()._side(source)
+        with self._lock:
+            side = self._sides.get("")
+            if side is None:
+                from stowray.pipeline.fetch import Fetcher
+                from stowray.pipeline.registry import Registry
+
+                registry = Registry(self.settings.registry, environment=self._environment)
+                self._registry = registry
+                fetcher = Fetcher(self.store, [registry], self.settings.registry)
+                side = self._sides[""] = (registry, fetcher)
+            return side
 
     def image_for(
         self,
@@ -83,19 +114,23 @@ class Engines:
         self._lock = threading.Lock()
         self._engines: OrderedDict[str, MemberEngine] = OrderedDict()
 
-    def get(self, store: str, settings: Mapping[str, Any]) -> MemberEngine:
-        """Return the engine for ``settings``, made when it is asked for first.
+    def get(self, task: Mapping[str, Any]) -> MemberEngine:
+        """Return the engine for a task's ``store``, ``settings`` and ``environment``.
 
         The least recently used beyond a few is dropped, not closed: a task may still use it, and
         its connections end with it.
         """
-        key = json.dumps([store, settings], sort_keys=True)
-        opened = self._stores.get(store)
+        about = [task["store"], task["settings"], task["environment"]]
+        key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+        store = self._stores.get(task["store"])
         with self._lock:
             engine = self._engines.get(key)
-            if engine is None or engine.store is not opened:
+            if engine is None or engine.store is not store:
                 engine = self._engines[key] = MemberEngine(
-                    settings_from_dict(settings), progress=Progress(), store=opened
+                    settings_from_dict(task["settings"]),
+                    progress=Progress(),
+                    store=store,
+                    environment=task["environment"],
                 )
             self._engines.move_to_end(key)
             while len(self._engines) > KEPT:

@@ -35,7 +35,7 @@ class FetchActor:
             task_report(task["owner"], task["run"], task["node"], task["reference"]) as told,
         ):
             fetched = (
-                self._engines.get(task["store"], task["settings"])
+                self._engines.get(task)
                 .fetcher(source)
                 .fetch(
                     source,

@@ -47,6 +47,11 @@ class HeadWatch:
         self._clock = clock
         self._looked = self._answered = clock.monotonic()
 
+    @property
+    def is_silent(self) -> bool:
+        """Return whether the head has been given up."""
+        return self._looked - self._answered > PATIENCE_SECONDS
+
     def look(self) -> None:
         """Raise NodeError when the head has been silent for too long."""
         now = self._clock.monotonic()

@@ -105,7 +105,7 @@ class NodeActor:
         except StowrayError as error:
             reply = {"error": to_wire(error)}
         finally:
-            del self._runs[run]
+            self._runs.pop(run, None)
             progress.close()
             if forwarder is not None:
                 forwarder.close()
@@ -137,13 +137,18 @@ class NodeActor:
         store = self._store(request, settings)
         source = source_from_dict(request["source"])
         image = Image.from_dict(request["image"])
-        digests = [*document_digests(image), *(layer.digest for layer in image.layers)]
+        digests = [
+            *document_digests(image),
+            *(layer.digest for layer in image.layers),
+            # Trees staged by diff ID and not yet committed.
+            *image.diff_ids,
+        ]
         crew = ActorCrew(
             self._pools,
             run=request["run"],
             owner=cluster.own_handle(),
             settings=settings,
-            settings_fields=request["settings"],
+            origin={name: request[name] for name in ("settings", "environment")},
             store=store,
             progress=progress,
         )

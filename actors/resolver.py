@@ -29,7 +29,7 @@ class ResolverActor:
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return ``{image, requests, documents, events}`` or ``{error, events}``."""
-        engine = self._engines.get(request["store"], request["settings"])
+        engine = self._engines.get(request)
         source = source_from_dict(request["source"])
         options = options_from_dict(request["options"])
         progress = Progress(node=request["node"])

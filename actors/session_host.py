@@ -68,7 +68,7 @@ def _start_crew(address: RayAddress, config: dict[str, Any]) -> None:
     from stowray.actors import cluster
 
     def place(role: str) -> cluster.Placement:
-        return cluster.Placement(address.node_id, cluster.session_name(role), restarts=3)
+        return cluster.Placement(address.node_id, cluster.session_name(role), restarts=-1)
 
     node = cluster.start_node(place("node"), config["node"], config["unpackers"], stays=True)
     resolver = cluster.start_resolver(place("resolver"))

@@ -33,6 +33,39 @@ _SECTIONS = {
 }
 
 
+# What our own code reads, and what credential helpers need.
+_ORIGIN_NAMES = frozenset(
+    {
+        "HOME",
+        "USER",
+        "LOGNAME",
+        "PATH",
+        "LANG",
+        "DBUS_SESSION_BUS_ADDRESS",
+        "GNUPGHOME",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "ALL_PROXY",
+        "NO_PROXY",
+        "REQUEST_METHOD",
+        "REQUESTS_CA_BUNDLE",
+        "CURL_CA_BUNDLE",
+    }
+)
+_ORIGIN_PREFIXES = (
+    "XDG_",
+    "DOCKER_",
+    "REGISTRY_",
+    "CONTAINERS_",
+    "SSL_",
+    "PASSWORD_STORE_",
+    "AWS_",
+    "AZURE_",
+    "CLOUDSDK_",
+    "GOOGLE_",
+)
+
+
 def settings_to_dict(settings: Settings) -> dict[str, Any]:
     """Return all settings as plain values."""
     return asdict(settings)
@@ -44,6 +77,19 @@ def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
     for name, kind in _SECTIONS.items():
         values[name] = kind(**values[name])
     return Settings(**values)
+
+
+def origin_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables that decide how registries are reached and who one is to them.
+
+    The actors of a session were started from another shell; a pull must find the credentials,
+    their helpers and the proxies of the driver. It travels as a method argument only.
+    """
+    return {
+        name: value
+        for name, value in sorted(environment.items())
+        if name.upper() in _ORIGIN_NAMES or name.upper().startswith(_ORIGIN_PREFIXES)
+    }
 
 
 def options_to_dict(options: PullOptions) -> dict[str, Any]:

@@ -134,9 +134,9 @@ def partial(store: Path) -> int:
     return sum(path.stat().st_size for path in ingest.rglob("*") if path.is_file())
 
 
-def is_free(store: Path, path: str) -> bool:
-    """Return whether nobody writes the blob of that request any more."""
-    ingest = Store.open(store).acquire(Digest(path.removeprefix("/blobs/")), 2 << 20)
+def is_free(store: Path, digest: Digest, size: int) -> bool:
+    """Return whether nobody writes that blob any more."""
+    ingest = Store.open(store).acquire(digest, size)
     if ingest is not None:
         ingest.close()
     return ingest is not None
@@ -224,7 +224,8 @@ def test_a_session_serves_commands_and_is_ended_by_pid(
     driver.line()
     until(lambda: partial(here / "one") > 64 * 1024 or driver.process.poll() is not None)
     driver.process.kill()
-    until(lambda: is_free(here / "one", path))
+    digest = Digest(path.removeprefix("/blobs/"))
+    until(lambda: is_free(here / "one", digest, len(registry.blobs[digest])))
     registry.clear_faults()
     driver = drive("auto", str(here / "one"), reference)
     driver.line()

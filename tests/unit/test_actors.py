@@ -130,6 +130,7 @@ def test_a_silent_head_becomes_an_error_in_time() -> None:
         for _ in range(30):
             now[0] += 1
             watch.look()
+    assert watch.is_silent, "a call must not be made again to a dead head"
     assert now[0] - 100 <= PATIENCE_SECONDS + 2 * LOOK_SECONDS < 30
 
 
