@@ -244,6 +244,19 @@ class TestRoot:
         assert mounts_of(store) == []
         assert not is_mounted(point)
 
+    def test_an_upper_directory_that_the_kernel_refuses(
+        self, store: Store, point: Path, tmp_path: Path
+    ) -> None:
+        chain_id = commit(store, BASE)
+        mount(store, chain_id, tmp_path / "outer", rw_upper=tmp_path / "upper")
+        try:
+            with pytest.raises(StorageError, match="kernel refuses this overlay mount"):
+                mount(store, chain_id, point, rw_upper=tmp_path / "outer" / "upper")
+            assert not is_mounted(point)
+            assert len(leases(store)) == len(mounts_of(store)) == 1
+        finally:
+            umount(store, tmp_path / "outer")
+
     def test_the_working_directory_of_others_stays(self, store: Store, point: Path) -> None:
         here = Path.cwd()
         seen: set[str] = set()

@@ -422,6 +422,20 @@ def test_a_full_disk_leaves_nothing_and_a_larger_one_goes_on(tmp_path: Path) -> 
         subprocess.run(["umount", str(small)], check=True)
 
 
+def test_a_layer_that_somebody_published_meanwhile_wins(snapshots: Snapshots) -> None:
+    trees = snapshots.trees
+    commit_chain(snapshots, [archive(directory("./"), file("f", b"1"))])
+    (name,) = trees.names()
+    record = trees.find(name)
+    assert record is not None
+    inode = trees.tree(name).stat().st_ino
+    with trees.workspace() as workspace:
+        (workspace.tree / "f").write_bytes(b"late")
+        trees.publish(workspace, name, record)
+    assert trees.tree(name).stat().st_ino == inode
+    assert [entry for entry in os.listdir(trees.directory) if entry.startswith(".")] == []
+
+
 def test_sweep_spares_live_writers(snapshots: Snapshots, store: Store) -> None:
     with snapshots.trees.workspace() as workspace:
         assert snapshots.trees.sweep() == 0
