@@ -86,13 +86,13 @@ def test_cancelling_keeps_what_came_and_the_next_pull_goes_on(tmp_path) -> None:
             engine.pull(reference_of(registry), PullOptions(), stop.is_set)
         registry.clear_faults()
         result = engine.pull(reference_of(registry), PullOptions())
-        assert 0 < result.layers[0].fetched_bytes <= size - size // 2
+        assert 0 < result.layers[0].fetched_bytes < size - size // 4
 
 
 def wait_for_half(engine, size: int) -> None:
     while True:
         for event in engine.progress.events():
-            if event.kind == "blob" and event.total == size and event.current >= size // 2:
+            if event.kind == "blob" and event.total == size and event.current >= size // 4:
                 return
         threading.Event().wait(0.01)
 
