@@ -7,6 +7,7 @@ ends a pull, nothing of it works on after the call has returned.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from contextlib import contextmanager
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.leases import Lease
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
+    from stowray.pipeline.policy_json import Policy as ImagePolicy
     from stowray.pipeline.progress import Progress, Report
     from stowray.pipeline.registry import Registry
     from stowray.pipeline.resolve import Policy
@@ -87,6 +89,7 @@ class LocalEngine:
         self._sides: dict[str, tuple[Origin, Fetcher]] = {}
         self._resolvers: dict[str, Resolver] = {}
         self._registry: Registry | None = None
+        self._image_policy: ImagePolicy | None = None
 
     def close(self) -> None:
         """End threads, workers and connections."""
@@ -338,6 +341,8 @@ class LocalEngine:
             return self._crew
 
     def _get_resolver(self, source: Source) -> Resolver:
+        # Every way to an image leads through here, also to one that is in the store already.
+        self._check_policy(source)
         key = _origin_key(source)
         with self._lock:
             resolver = self._resolvers.get(key)
@@ -348,6 +353,18 @@ class LocalEngine:
                     ttl_seconds=self.settings.resolve.ttl_seconds,
                 )
             return resolver
+
+    def _check_policy(self, source: Source) -> None:
+        """Raise UsageError for what the policy file, if one is set, does not let pass."""
+        if not self.settings.registry.policy_file:
+            return
+        from stowray.pipeline.policy_json import load
+
+        with self._lock:
+            policy = self._image_policy
+            if policy is None:
+                policy = self._image_policy = load(self.settings.registry.policy_file, os.environ)
+        policy.check(source)
 
     def _side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it."""

@@ -80,10 +80,8 @@ def scopes(source: Source) -> tuple[str, ...]:
     return (*named, *(parent for parent in parents if parent != "/"))
 
 
-def load(setting: str, environment: Mapping[str, str]) -> Policy | None:
-    """Return the policy that the setting names; ``system`` for podman's places, "" for none."""
-    if not setting:
-        return None
+def load(setting: str, environment: Mapping[str, str]) -> Policy:
+    """Return the policy that the setting names, a file or ``system`` for podman's own places."""
     if setting != SYSTEM:
         return read_policy(Path(setting).expanduser())
     home = environment.get("HOME")
