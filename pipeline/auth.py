@@ -186,7 +186,7 @@ class Authenticator:
                 wanted = merge_scopes((*asked, *sent.scopes))
                 if not asked or wanted == merge_scopes(sent.scopes):
                     # A realm may grant less than it was asked for and say nothing about it.
-                    reason = "the login does not reach that far"
+                    reason = "it does not exist, or this login does not reach that far"
                     raise UnauthorizedError(resource.registry, " ".join(wanted), reason)
                 asked = wanted
             self._drop(resource, sent.token)

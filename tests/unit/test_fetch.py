@@ -221,17 +221,20 @@ def test_no_progress_gives_up(bench: Bench) -> None:
 def test_stalled_and_trickling_bodies_are_left(bench: Bench) -> None:
     bench.fake.fault("/blobs/", Fault(stall=100_000), Fault(trickle=(1, 0.02)), Fault(hang=True))
     fetched = bench.fetch(
-        stall_timeout_seconds=0.3, connect_timeout_seconds=0.3, minimum_bytes_per_second=10_000
+        attempts=10,
+        stall_timeout_seconds=0.3,
+        connect_timeout_seconds=0.3,
+        minimum_bytes_per_second=10_000,
     )
     assert bench.holds()
-    assert fetched.retries == 3
+    assert fetched.retries >= 3
 
 
 def test_a_slow_but_steady_body_is_not_left(bench: Bench) -> None:
     data = DATA[:200_000]
     slow = Descriptor("application/octet-stream", Digest(bench.fake.add_blob(data)), len(data))
-    bench.fake.fault("/blobs/", Fault(trickle=(4000, 0.02)))
-    fetched = bench.fetch(slow, stall_timeout_seconds=0.3, minimum_bytes_per_second=10_000)
+    bench.fake.fault("/blobs/", Fault(trickle=(2000, 0.02)))
+    fetched = bench.fetch(slow, stall_timeout_seconds=1.0, minimum_bytes_per_second=1000)
     assert (fetched.retries, bench.holds(slow, data)) == (0, True)
 
 

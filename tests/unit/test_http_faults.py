@@ -147,19 +147,19 @@ def _(stage: Stage) -> None:
 @scenario("stall-headers")
 def _(stage: Stage) -> None:
     stage.blob_fault(Fault(hang=True))
-    assert stage.fetch(stall_timeout_seconds=0.3, connect_timeout_seconds=0.3) == 1
+    assert stage.fetch(stall_timeout_seconds=0.5, connect_timeout_seconds=0.5) >= 1
 
 
 @scenario("trickle")
 def _(stage: Stage) -> None:
     stage.blob_fault(Fault(trickle=(1, 0.02)))
-    assert stage.fetch(stall_timeout_seconds=0.4, minimum_bytes_per_second=1000) == 1
+    assert stage.fetch(stall_timeout_seconds=0.5, minimum_bytes_per_second=1000) >= 1
 
 
 @scenario("slow-ok")
 def _(stage: Stage) -> None:
-    stage.blob_fault(Fault(trickle=(20_000, 0.05)))
-    assert stage.fetch(stall_timeout_seconds=0.4, minimum_bytes_per_second=1000) == 0
+    stage.blob_fault(Fault(trickle=(10_000, 0.05)))
+    assert stage.fetch(stall_timeout_seconds=1.0, minimum_bytes_per_second=1000) == 0
 
 
 @scenario("latency")
