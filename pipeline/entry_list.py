@@ -9,6 +9,7 @@ complete, before the tree is published.
 from __future__ import annotations
 
 import os
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stowray.pipeline.errors import StorageError
@@ -45,14 +46,14 @@ def write_entry_list(tree: Path, records: Iterable[tuple[bytes, Record]]) -> Non
     import msgpack
 
     packer = msgpack.Packer(use_bin_type=True)
-    parts = [packer.pack({"version": VERSION})]
-    parts += [
+    body = b"".join(
         packer.pack([path, *record[:4], _nanoseconds(record.mtime_ns), *record[5:]])
         for path, record in records
-    ]
+    )
+    header = packer.pack({"version": VERSION, "crc32": zlib.crc32(body), "size": len(body)})
     path = entry_list_path(tree)
     with translated(path, "write the entry list of a layer"):
-        replace_file(path, b"".join(parts))
+        replace_file(path, header + body)
 
 
 def read_entry_list(tree: Path) -> dict[bytes, Record]:
@@ -67,20 +68,26 @@ def read_entry_list(tree: Path) -> dict[bytes, Record]:
         return records
     except OSError as error:
         raise StorageError(str(path), f"cannot be read: {error.strerror}") from error
-    with open(descriptor, "rb") as stream:
-        unpacker = msgpack.Unpacker(stream, raw=False, strict_map_key=False, use_list=False)
-        try:
-            header: Any = unpacker.unpack()
-            if not isinstance(header, dict) or header.get("version") != VERSION:
-                raise StorageError(str(path), "written by another version: pull the image again")
-            for name, file_type, mode, uid, gid, mtime, device, xattrs in unpacker:
-                records[name] = Record(
-                    file_type, mode, uid, gid, int(mtime), (device[0], device[1]), xattrs
-                )
-        except (msgpack.UnpackException, ValueError, TypeError) as error:
-            raise StorageError(str(path), f"damaged: {error}; pull the image again") from error
-        except OSError as error:
-            raise StorageError(str(path), f"cannot be read: {error.strerror}") from error
+    try:
+        with open(descriptor, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        raise StorageError(str(path), f"cannot be read: {error.strerror}") from error
+    unpacker = msgpack.Unpacker(raw=False, max_buffer_size=0, strict_map_key=False, use_list=False)
+    unpacker.feed(data)
+    try:
+        header: Any = unpacker.unpack()
+        body = data[unpacker.tell() :]
+        if not isinstance(header, dict) or header.get("version") != VERSION:
+            raise StorageError(str(path), "written by another version: pull the image again")
+        if (header.get("crc32"), header.get("size")) != (zlib.crc32(body), len(body)):
+            raise StorageError(str(path), "damaged: pull the image again")
+        for name, file_type, mode, uid, gid, mtime, device, xattrs in unpacker:
+            records[name] = Record(
+                file_type, mode, uid, gid, int(mtime), (device[0], device[1]), xattrs
+            )
+    except (msgpack.UnpackException, ValueError, TypeError) as error:
+        raise StorageError(str(path), f"damaged: {error}; pull the image again") from error
     return records
 
 

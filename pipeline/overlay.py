@@ -320,7 +320,7 @@ class ChainView:
                 child.parts.append((layer, descriptor))
                 if position + 1 < len(merged.parts) and self._is_opaque(descriptor):
                     break
-        except BaseException:
+        except OSError:
             child.close()
             raise
         return child if child.parts else None

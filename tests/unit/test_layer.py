@@ -27,7 +27,7 @@ from stowray.pipeline.removal import remove_tree
 from tests.support.entries import Entry, directory, file, hardlink, opaque, symlink, whiteout
 from tests.support.layer_cases import all_checks, make_host, watch
 from tests.support.plain_user import plain_directory, run_plain
-from tests.support.stacks import reader, tar_bytes
+from tests.support.stacks import commit_all, reader, tar_bytes
 from tests.support.trees import read_view
 
 if TYPE_CHECKING:
@@ -56,9 +56,10 @@ def stage(tree: Path, entries: Sequence[Entry], privileged: bool = ROOT) -> None
     stage_layer(reader(tar_bytes(entries)), tree, privileged=privileged)
 
 
+@pytest.mark.parametrize("privileged", [True, False] if ROOT else [False])
 @pytest.mark.parametrize("check", [pytest.param(check, id=name) for name, check in all_checks()])
-def test_tables_hold(base: Path, check: Callable[[Path, bool], None]) -> None:
-    check(base, ROOT)
+def test_tables_hold(base: Path, check: Callable[[Path, bool], None], privileged: bool) -> None:
+    check(base, privileged)
 
 
 TABLES_AS_PLAIN_USER = """
@@ -196,6 +197,24 @@ def test_too_long_a_component_is_a_layer_error(tree: Path) -> None:
         stage(tree, [file("b" * 256)])
 
 
+@pytest.mark.parametrize(
+    "entries",
+    [
+        pytest.param([symlink("a", "b"), symlink("b", "a"), file("a/x")], id="symlink loop"),
+        pytest.param([file("d/x"), hardlink("d", "d/x")], id="link to what it replaces"),
+        pytest.param([directory("d"), hardlink("l", "d")], id="link to a directory"),
+        pytest.param([directory("d"), hardlink("l", "./")], id="link to the root"),
+        pytest.param([hardlink("l", "../l")], id="link that climbs"),
+        pytest.param([symlink("l", "")], id="symlink to nothing"),
+        pytest.param([file("a"), file("")], id="no name"),
+    ],
+)
+def test_layers_that_cannot_be_applied_are_refused(base: Path, entries: list[Entry]) -> None:
+    with pytest.raises(LayerError):
+        commit_all([tar_bytes(entries)], base, privileged=ROOT)
+    assert {path.name for path in base.iterdir()} <= {"layer0", "layer0.dropped"}
+
+
 @pytest.mark.parametrize("depth", [64, 5000])
 def test_any_depth_is_staged_and_read(tree: Path, depth: int) -> None:
     path = "/".join(["deep"] * depth)
@@ -275,7 +294,7 @@ def test_modes_are_exact_whatever_the_umask(base: Path) -> None:
 import os, sys
 from pathlib import Path
 from tests.support.entries import *
-from tests.support.stacks import reader, tar_bytes
+from tests.support.stacks import commit_all, reader, tar_bytes
 from stowray.pipeline.layer import stage_layer
 os.umask(0o077)
 stage_layer(reader(tar_bytes([file("f", mode=0o666), directory("d", 0o777)])),

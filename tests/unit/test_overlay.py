@@ -114,6 +114,33 @@ def test_hard_links_are_the_visible_names(base: Path) -> None:
         assert view.links(view.lookup(b"single")) == [b"single"]
 
 
+def test_a_missing_tree_is_a_storage_error(base: Path) -> None:
+    with ChainView([base / "nowhere"], ROOT) as view:
+        for call in (view.walk, lambda: [view.find(b"a")], lambda: view.children(b"a")):
+            with pytest.raises(StorageError):
+                list(call())
+
+
+def test_names_longer_than_any_file_system_takes_are_not_there(base: Path) -> None:
+    with build(base, [directory("d")]) as view:
+        assert view.find(b"n" * 300) is None
+        assert view.find(b"n" * 300 + b"/x") is None
+
+
+def test_a_tree_that_changes_under_the_reader_is_an_error(base: Path) -> None:
+    with build(base, [file("a"), symlink("l", "a")]) as view:
+        regular, link = view.lookup(b"a"), view.lookup(b"l")
+        for name in ("a", "l"):
+            (base / "layer0" / name).unlink()
+        for call in (
+            lambda: view.open(regular),
+            lambda: view.readlink(link),
+            lambda: view.xattrs(regular),
+        ):
+            with pytest.raises(StorageError):
+                call()
+
+
 def test_names_of_any_bytes(base: Path) -> None:
     names = ["caf\udce9", "new\nline", "back\\slash", "-dash", "e\u0301", "\u00e9"]
     with build(base, [file(name) for name in names]) as view:

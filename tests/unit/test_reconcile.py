@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -73,7 +74,7 @@ def stacks(draw: st.DrawFn) -> list[list[Entry]]:
 LINKED_TWICE = [file("a", b"1"), hardlink("b", "a")]
 
 
-@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @example([[directory("usr"), symlink("lib", "usr")], [file("lib/x"), directory("lib")]])
 @example([LINKED_TWICE, [hardlink("c", "a"), file("c", b"2"), whiteout("b")]])
 @example([LINKED_TWICE, [hardlink("d/c", "a"), hardlink("d/e", "b"), file("d/c"), whiteout("a")]])
@@ -85,7 +86,10 @@ def test_staged_alone_and_settled_equals_applied_in_order(layers: list[list[Entr
     memory = Path("/dev/shm") if os.access("/dev/shm", os.W_OK) else None
     base = Path(tempfile.mkdtemp(dir=memory, prefix="stowray-stack-"))
     try:
-        check_stack(base, layers, ROOT)
+        for privileged in {ROOT, False}:
+            place = base / str(privileged)
+            place.mkdir()
+            check_stack(place, layers, privileged)
     finally:
         remove_tree(base)
 
@@ -224,6 +228,26 @@ def test_a_hard_link_to_a_lower_file_shares_one_inode_with_all_its_names(base: P
         assert (node.mode, node.uid, node.size) == (0o4755, 5, 1)
         assert view.links(node) == [b"a", b"d/b", b"e"]
         assert view.find(b"c") is None
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        Entry("a", tarfile.FIFOTYPE, mode=0o611, uid=3),
+        Entry("a", tarfile.CHRTYPE, mode=0o611, device=(1, 3)),
+        Entry("a", tarfile.BLKTYPE, mode=0o11, device=(8, 1)),
+        symlink("a", "nowhere", uid=3),
+        file("a", mode=0, xattrs={"user.k": b"v"}),
+    ],
+    ids=["fifo", "character device", "block device", "symlink", "unreadable file"],
+)
+def test_hard_links_to_lower_things_of_all_kinds(base: Path, entry: Entry) -> None:
+    layers = [[entry, hardlink("b", "a")], [hardlink("d/c", "a"), whiteout("b")]]
+    layers += [[hardlink("e", "d/c"), file("d/c"), hardlink("f", "a")]]
+    for privileged in {ROOT, False}:
+        place = base / str(privileged)
+        place.mkdir()
+        check_stack(place, layers, privileged)
 
 
 @pytest.mark.parametrize("target", ["nope", "d", "gone", "d/x/y"])
