@@ -143,8 +143,9 @@ class LayerTrees:
         return self.directory / name / "tree"
 
     def find(self, name: str) -> LayerRecord | None:
-        """Return the record of a tree that is complete and trusted."""
-        return self._read(self.directory / name, trusted=True)
+        """Return the record of a tree that is there, complete and trusted."""
+        record = self._read(self.directory / name, trusted=True)
+        return record if record is not None and self.tree(name).is_dir() else None
 
     def names(self) -> list[str]:
         """Return the names of all trees of this format, trusted or not."""

@@ -164,14 +164,14 @@ class _Check:
         self._unproven: set[str] = set()
         self._bad_records: list[Path] = []
         self._counts = {"blobs": 0, "size": 0, "trees": 0}
-        self._parents = {link.chain_id: link.parent for link in self._snapshots.all()}
+        self._links: dict[str, Snapshot] = {link.chain_id: link for link in self._snapshots.all()}
 
     def report(self, records: Iterable[ReferenceRecord]) -> Report:
         concerned = tuple(
             (record.reference, record.platform, record.unpacked)
             for record in records
             if self._bad_blobs.intersection(record.digests)
-            or self._bad_chains.intersection(self._chain_ids(record))
+            or any(link.chain_id in self._bad_chains for link in self._chain(record.chain_id))
         )
         return Report(
             self._counts["blobs"],
@@ -209,32 +209,24 @@ class _Check:
 
     def trees(self, records: Iterable[ReferenceRecord], *, everything: bool) -> None:
         """Compare the trees of the records' chains, or of all snapshots, from the base up."""
-        chains: dict[Digest, Snapshot] = {}
-        for record in records:
-            if not record.unpacked:
-                continue
-            try:
-                links = self._snapshots.chain(Digest(record.chain_id)) if record.chain_id else ()
-            except NotFoundError:
-                # Not unpacked by this user, or unproven since a reboot: it counts as absent, and
-                # the next pull makes it anew.
-                continue
-            chains.update((link.chain_id, link) for link in links)
-        if everything:
-            for snapshot in self._snapshots.all():
-                if self._snapshots.has(snapshot.chain_id):
-                    links = self._snapshots.chain(snapshot.chain_id)
-                    chains.update((link.chain_id, link) for link in links)
+        chains: dict[str, Snapshot] = {}
+        for top in self._links if everything else [record.chain_id for record in records]:
+            for link in reversed(list(self._chain(top))):
+                chains[link.chain_id] = link
         done: set[str] = set()
         for link in chains.values():
+            self._check_cancelled()
+            tree = self._snapshots.trees.tree(link.layer)
             if link.layer in self._bad_layers:
                 self._bad_chains.add(link.chain_id)
+            elif not tree.is_dir():
+                self._tree_damage(link, str(tree), "is missing")
             elif link.blob in self._bad_blobs:
                 # Nothing to compare with: a repair makes this tree anew, whatever it is like.
                 self._unproven.add(link.layer)
-            elif link.layer not in done:
+            elif link.layer not in done and self._snapshots.has(link.chain_id):
+                # What is unproven since a reboot counts as absent: a pull makes it anew anyway.
                 done.add(link.layer)
-                self._check_cancelled()
                 self._tree(link)
 
     def put_aside(self) -> None:
@@ -244,7 +236,7 @@ class _Check:
         # What a layer took from a damaged one below (a copied-up file, a directory's attributes) is
         # part of its own tree now, so that trees settled above go too.
         gone = self._bad_layers | self._unproven
-        gone |= {link.layer for link in self._snapshots.all() if self._depends(link, gone)}
+        gone |= {link.layer for link in self._links.values() if self._depends(link, gone)}
         for layer in sorted(gone):
             self._bad_chains.update(self._snapshots.discard(layer))
         for path in self._bad_records:
@@ -255,11 +247,7 @@ class _Check:
     def _depends(self, snapshot: Snapshot, layers: set[str]) -> bool:
         if snapshot.layer == self._snapshots.trees.alone(snapshot.diff_id):
             return False
-        try:
-            links = self._snapshots.chain(snapshot.chain_id)
-        except NotFoundError:
-            return False
-        return any(link.layer in layers for link in links)
+        return any(link.layer in layers for link in self._chain(snapshot.chain_id))
 
     def _blob(self, digest: Digest, *, needed: bool) -> str:
         """Return what is wrong with a blob; empty if nothing is."""
@@ -338,12 +326,12 @@ class _Check:
                     continue
         return found
 
-    def _chain_ids(self, record: ReferenceRecord) -> Iterator[str]:
-        """Yield the chain IDs of an image, as far as its snapshots could be read."""
-        current = Digest(record.chain_id) if record.chain_id else None
-        while current is not None:
-            yield current
-            current = self._parents.get(current)
+    def _chain(self, chain_id: str) -> Iterator[Snapshot]:
+        """Yield the links of a chain from the top down, as far as they are recorded."""
+        link = self._links.get(chain_id)
+        while link is not None:
+            yield link
+            link = self._links.get(link.parent or "")
 
     def _check_cancelled(self) -> None:
         if self._cancelled():

@@ -310,6 +310,14 @@ def test_a_damaged_record_counts_as_absent(snapshots: Snapshots, store: Store) -
     assert snapshots.has(first.chain_id)
 
 
+def test_a_tree_that_somebody_deleted_is_made_anew(snapshots: Snapshots) -> None:
+    (first,) = commit_chain(snapshots, [WHOLE])
+    remove_tree(snapshots.trees.tree(first.layer))
+    assert not snapshots.has(first.chain_id)
+    commit_chain(snapshots, [WHOLE])
+    assert names(snapshots, first.chain_id) == {b"d": None, b"d/f": b"one"}
+
+
 def test_a_snapshot_with_children_stays(snapshots: Snapshots) -> None:
     first, second = commit_chain(snapshots, [WHOLE, IMPLIED])
     with pytest.raises(StorageError, match="stands on it"):

@@ -156,14 +156,58 @@ for snapshot in done:
 """
 
 
-def test_a_plain_user_needs_no_rights() -> None:
+ORACLE = """
+import sys
+from base64 import b64decode
+from pathlib import Path
+from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.store import Store
+from stowray.pipeline.unshare import run_unshared
+from tests.support.chains import Layer, commit_chain
+from tests.support.vectors import table
+oracle = table("layer_oracle")
+become_plain()
+sys.executable = sys.argv[2]
+work = Path(sys.argv[1])
+store = Store.open(work / "store")
+(work / "target").mkdir()
+for case in oracle["cases"]:
+    if case.get("error") or len(case["layers"]) < 2:
+        continue
+    layers = [
+        Layer(b64decode(oracle["blobs"][digest]), diff_id)
+        for digest, diff_id in zip(case["layers"], case["diff_ids"])
+    ]
+    top = commit_chain(Snapshots(store), layers)[-1].chain_id
+    script = f"find {work}/target -mindepth 1 -printf '%P %y\\n' > {work}/seen"
+    assert run_unshared(store, top, work / "target", ["sh", "-c", script]) == 0
+    seen = sorted(work.joinpath("seen").read_text().splitlines())
+    wanted = sorted(f"{name} {text[0]}" for name, text in case["tree"].items())
+    print(case["name"], "right" if seen == wanted else f"{seen} for {wanted}")
+"""
+
+
+def plain_python() -> str:
+    """Return an interpreter that the plain user can run, or skip where he gets no namespaces."""
     # Root's own interpreter may lie where the plain user cannot run it for the child process.
     python = sys.executable if os.getuid() else "/usr/bin/python3"
-    for program in (python, "unshare"):
-        peers.require(program)
+    peers.require(python, "unshare")
     if peers.attempt(["unshare", "--user", "true"]).status:
         pytest.skip("this kernel gives no user namespaces to plain users")
+    return python
+
+
+def test_a_plain_user_needs_no_rights() -> None:
+    python = plain_python()
     with plain_directory() as work:
         code = PLAIN.replace("become_plain()", "become_plain()\nsys.executable = sys.argv[3]")
         lines = run_plain(code, work, "/bin/sh", python).split()
         assert lines == ["0", "f", "0", "g", "0", "only"]
+
+
+def test_a_plain_user_sees_what_the_fields_tools_agree_on() -> None:
+    python = plain_python()
+    with plain_directory() as work:
+        lines = run_plain(ORACLE, work, python).splitlines()
+        assert len(lines) > 10
+        assert [line for line in lines if not line.endswith(" right")] == []

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from stowray.pipeline.clock import Boot
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import CancelledError, NotFoundError
@@ -150,7 +151,6 @@ def change(name: str) -> Callable[[Path], object]:
         ),
         "extended attributes": lambda tree: os.setxattr(tree / "other", "user.x", b"1"),
         "is a directory": lambda tree: ((tree / "other").unlink(), (tree / "other").mkdir()),
-        "cannot be opened": lambda tree: tree.rename(tree.with_name("elsewhere")),
     }
     return changes[name]
 
@@ -168,7 +168,6 @@ def change(name: str) -> Callable[[Path], object]:
         ("link target", "d/link"),
         ("extended attributes", "other"),
         ("is a directory", "other"),
-        ("cannot be opened", ""),
     ],
 )
 def test_a_damaged_tree_is_named_by_path(store: Store, reason: str, path: str) -> None:
@@ -181,6 +180,26 @@ def test_a_damaged_tree_is_named_by_path(store: Store, reason: str, path: str) -
     assert [damage.digest for damage in found] == [record.chain_id]
     assert reason in found[0].reason
     assert report.references == ((NAME, "linux/amd64", True),)
+
+
+def test_a_tree_that_is_gone_is_damage(store: Store) -> None:
+    record = put_image(store, NAME, BASE, UPPER)
+    tree = tree_of(store, record, 1)
+    remove_tree(tree)
+    report = verify(store, [NAME], deep=True)
+    assert [(damage.path, damage.reason) for damage in report.damaged] == [
+        (str(tree), "is missing")
+    ]
+    assert report.references == ((NAME, "linux/amd64", True),)
+    verify(store, deep=True, repair=True)
+    put_image(store, NAME, BASE, UPPER)
+    assert verify(store, deep=True).damaged == ()
+
+
+def test_what_is_unproven_since_a_reboot_is_no_damage(store: Store) -> None:
+    put_image(store, NAME, BASE, UPPER)
+    with Store.open(store.path, boot=Boot("another", store.boot.host)) as later:
+        assert verify(later, deep=True).damaged == ()
 
 
 def test_a_repaired_tree_is_made_anew(store: Store) -> None:
@@ -323,4 +342,4 @@ def test_a_plain_users_recorded_attributes_are_compared() -> None:
     with plain_directory() as work:
         lines = run_plain(PLAIN, work).splitlines()
         assert lines[0].endswith("no damage")
-        assert "/null: differs in its recorded attributes" in lines[1]
+        assert "entry list: damaged" in lines[1]
