@@ -15,7 +15,7 @@ import pytest
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import CancelledError, NotFoundError, StorageError
 from stowray.pipeline.mount import mount, umount
-from stowray.pipeline.rootfs import check_destination, write_rootfs
+from stowray.pipeline.rootfs import check_destination, flatten, write_rootfs
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import Store
 from tests.support import entries, peers
@@ -124,6 +124,18 @@ def test_it_is_what_umoci_unpacks(store: Store, tmp_path: Path) -> None:
     peers.run(["umoci", "unpack", "--image", f"{layout.path}:it", str(tmp_path / "a" / "b" / "c")])
     write_rootfs(store, commit(store, BASE, UPPER, DEVICES), tmp_path / "out")
     assert_same_tree(tmp_path / "out", tmp_path / "a" / "b" / "c" / "rootfs")
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="owners and devices need root")
+def test_plain_trees_keep_all_that_root_can_give(store: Store, tmp_path: Path) -> None:
+    # Root of a container that may neither set trusted attributes nor make devices has such trees.
+    for privileged in (True, False):
+        snapshots = Snapshots(store, privileged=privileged)
+        top = commit_chain(snapshots, [BASE, UPPER, DEVICES])[-1].chain_id
+        with snapshots.held(top, "test") as view:
+            flatten(view, tmp_path / str(privileged))
+    assert_same_tree(tmp_path / "False", tmp_path / "True")
 
 
 def large_files(count: int) -> bytes:
