@@ -24,7 +24,7 @@ from stowray.pipeline.retry import is_transient
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stowray.pipeline.transport import Response
+    from stowray.pipeline.response import Response
 
 BODY_LIMIT = 64 * 1024
 WARNING_LIMIT = 4096

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from stowray.pipeline.credentials import Credential, Credentials
-    from stowray.pipeline.transport import Headers, Response
+    from stowray.pipeline.response import Headers, Response
 
     Send = Callable[[str, str, Headers, bytes | None, "Resource"], Response]
 

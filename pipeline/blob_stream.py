@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import zlib
 
     from stowray.pipeline.descriptor import Descriptor
-    from stowray.pipeline.transport import Response
+    from stowray.pipeline.response import Response
 
 
 class RegistryBlob:

@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.credentials import Credentials
     from stowray.pipeline.limiter import Limiter
-    from stowray.pipeline.transport import Headers, Response, Transport
+    from stowray.pipeline.response import Headers, Response
+    from stowray.pipeline.transport import Transport
 
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 HOP_LIMIT = 10

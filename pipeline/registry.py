@@ -11,7 +11,6 @@ larger than its limit is read; a tag's manifest is never looked for among the bl
 from __future__ import annotations
 
 import os
-import zlib
 from typing import TYPE_CHECKING, TypeVar
 
 from stowray.pipeline.answers import to_error
@@ -30,8 +29,6 @@ from stowray.pipeline.errors import (
     ContentError,
     DeadlineError,
     DigestMismatchError,
-    InvalidDigestError,
-    ManifestError,
     NotFoundError,
     RegistryError,
     SizeMismatchError,
@@ -39,17 +36,23 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
     UsageError,
-    escape,
 )
 from stowray.pipeline.media_types import (
     ACCEPT,
     INDEX_TYPES,
     MANIFEST_TYPES,
-    UNSPECIFIC_TYPES,
 )
 from stowray.pipeline.origin import Resolved
 from stowray.pipeline.redact import host_of, public_url
 from stowray.pipeline.reference import Reference
+from stowray.pipeline.registry_documents import (
+    DOCUMENT_LIMIT,
+    decoded,
+    read_document,
+    resolved,
+    told_digest,
+    told_type,
+)
 from stowray.pipeline.registry_place import RegistryPlace
 from stowray.pipeline.retry import Retries, RetryPolicy
 from stowray.pipeline.settings import RegistrySettings
@@ -60,12 +63,11 @@ if TYPE_CHECKING:
     from stowray.pipeline.client import Answer, Client
     from stowray.pipeline.endpoint import Endpoint
     from stowray.pipeline.endpoints import Operation
+    from stowray.pipeline.response import Response
     from stowray.pipeline.source import Source
-    from stowray.pipeline.transport import Response
 
 Value = TypeVar("Value")
 
-DOCUMENT_LIMIT = 4 << 20
 ACCEPTED = tuple(("Accept", value) for value in (*ACCEPT, "*/*"))
 # What one endpoint may fail with while another one need not.
 ENDPOINT_ERRORS = (NotFoundError, UnauthorizedError, RegistryError, ContentError, DeadlineError)
@@ -195,10 +197,10 @@ class Registry:
         if response.status != 200:
             # 405, or a 403 whose reason only the GET's body tells; HEADs have no bodies.
             return None
-        media_type = _media_type(response)
+        media_type = told_type(response)
         if media_type not in _DOCUMENT_TYPES or is_encoded(response):
             return None
-        digest = _told_digest(response)
+        digest = told_digest(response)
         size = content_length(response)
         if digest is None or not size:
             return None
@@ -214,14 +216,14 @@ class Registry:
         if response.status != 200:
             raise to_error(answer.refusal(), **_about(endpoint, reference.canonical))
         with response:
-            body = _read_document(response, reference.canonical, DOCUMENT_LIMIT)
-            told = _told_digest(response)
+            body = read_document(response, reference.canonical, DOCUMENT_LIMIT)
+            told = told_digest(response)
             if is_encoded(response) and not (told is not None and told.matches(body)):
-                body = _decoded(body, reference.canonical)
+                body = decoded(body, reference.canonical)
             if told is not None and not told.matches(body):
                 actual = Digest.of(body, told.algorithm)
                 raise DigestMismatchError(reference.canonical, told, actual)
-            return _resolved(response, body, told or Digest.of(body))
+            return resolved(response, body, told or Digest.of(body))
 
     def _by_digest(
         self,
@@ -261,14 +263,14 @@ class Registry:
             raise to_error(answer.refusal(), **_about(endpoint, what))
         with response:
             limit = DOCUMENT_LIMIT if size is None else min(size, DOCUMENT_LIMIT)
-            body = _read_document(response, what, DOCUMENT_LIMIT)
+            body = read_document(response, what, DOCUMENT_LIMIT)
             if is_encoded(response) and not digest.matches(body):
-                body = _decoded(body, what)
+                body = decoded(body, what)
             if not digest.matches(body):
                 raise DigestMismatchError(what, digest, Digest.of(body, digest.algorithm))
             if size is not None and len(body) != limit:
                 raise SizeMismatchError(what, size, len(body))
-            return _resolved(response, body, digest)
+            return resolved(response, body, digest)
 
     # -- blobs ------------------------------------------------------------------------------------
 
@@ -441,60 +443,6 @@ def _about(endpoint: Endpoint, what: str) -> dict[str, str]:
         "registry": endpoint.registry,
         "scope": f"repository:{endpoint.repository}:pull",
     }
-
-
-def _media_type(response: Response) -> str:
-    return (response.header("Content-Type") or "").partition(";")[0].strip().lower()
-
-
-def _told_digest(response: Response) -> Digest | None:
-    told = response.header("Docker-Content-Digest")
-    if not told:
-        return None
-    try:
-        return Digest(told.strip())
-    except InvalidDigestError:
-        # An algorithm that cannot be checked here, or nonsense: the body is hashed instead.
-        return None
-
-
-def _read_document(response: Response, what: str, limit: int) -> bytes:
-    length = content_length(response)
-    if length is not None and length > limit:
-        response.close()
-        raise ManifestError(what, f"{length} bytes are more than the limit of {limit}")
-    body = response.read(limit)
-    if len(body) > limit:
-        response.close()
-        raise ManifestError(what, f"larger than the limit of {limit} bytes")
-    response.finish()
-    return body
-
-
-def _decoded(body: bytes, what: str) -> bytes:
-    """Undo a Content-Encoding that nobody asked for; only gzip is met in the field."""
-    decoder = zlib.decompressobj(31)
-    try:
-        plain = decoder.decompress(body, DOCUMENT_LIMIT + 1)
-    except zlib.error as error:
-        raise ManifestError(what, "came in a Content-Encoding that is not gzip") from error
-    if len(plain) > DOCUMENT_LIMIT or not decoder.eof:
-        raise ManifestError(what, f"larger than the limit of {DOCUMENT_LIMIT} bytes")
-    return plain
-
-
-def _resolved(response: Response, body: bytes, digest: Digest) -> Resolved:
-    media_type = _media_type(response)
-    if media_type == "text/html":
-        # A captive portal or a login page answers everything with 200.
-        url = public_url(response.url)
-        raise RegistryError(url, response.status, "", "a web page came instead of a manifest")
-    if media_type in UNSPECIFIC_TYPES:
-        from stowray.pipeline.documents import detect_media_type
-
-        media_type = detect_media_type(body)
-    descriptor = Descriptor(media_type=escape(media_type), digest=digest, size=len(body))
-    return Resolved(descriptor, body, host_of(response.url), requests=1)
 
 
 def _checked(response: Response, descriptor: Descriptor, source: str) -> RegistryBlob:

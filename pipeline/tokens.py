@@ -26,7 +26,7 @@ from stowray.pipeline.retry import is_transient
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
-    from stowray.pipeline.transport import Headers, Response
+    from stowray.pipeline.response import Headers, Response
 
 ANSWER_LIMIT = 1 << 20
 DETAIL_READ = 64 * 1024

@@ -9,206 +9,31 @@ foreign exception passes.
 
 from __future__ import annotations
 
-import io
 import logging
 import threading
 from functools import partial
-from http.client import HTTPException, IncompleteRead
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING
 
 from stowray.pipeline.addresses import is_refused_peer
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection
-from stowray.pipeline.errors import (
-    CancelledError,
-    RegistryError,
-    StowrayError,
-    UnavailableError,
-    UsageError,
-)
+from stowray.pipeline.errors import UsageError
+from stowray.pipeline.exchange_errors import is_stale, translated, verdict
 from stowray.pipeline.proxies import Proxies
-from stowray.pipeline.redact import host_of, public_url, redact_text
+from stowray.pipeline.redact import host_of, public_url
+from stowray.pipeline.response import Response
 from stowray.pipeline.watchdog import Watch, Watchdog
 
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable, Iterable
 
-    from urllib3 import BaseHTTPResponse, PoolManager
+    from urllib3 import PoolManager
 
-Headers = tuple[tuple[str, str], ...]
-
-DRAIN_LIMIT = 64 * 1024
 IDLE_CONNECTIONS = 16
 USER_AGENT = "stowray"
 PLAIN_CONNECTION = Connection()
 LIBRARY_LOGGER = "urllib3.connectionpool"
-
-_VERDICTS = {
-    "silent": ("TIMEOUT", "no answer in time"),
-    "slow": ("SLOW", "the body comes too slowly"),
-    "closed": ("CLOSED", "the transport was closed"),
-}
-
-
-class Response:
-    """Status, headers and the body as it arrives; to be closed on every path."""
-
-    def __init__(self, raw: BaseHTTPResponse, watch: Watch, transport: Transport, url: str) -> None:
-        self._raw = raw
-        self._watch = watch
-        self._transport = transport
-        self._clock = transport.clock
-        self._open = True
-        self._release: Callable[[], None] | None = None
-        self._direct = _direct_body(raw)
-        self.url = url
-        self.status = int(raw.status)
-
-    def on_close(self, release: Callable[[], None]) -> None:
-        """Call ``release`` when the exchange is over."""
-        self._release = release
-
-    def header(self, name: str) -> str | None:
-        """Return the first value of a header."""
-        values = self.header_values(name)
-        return values[0] if values else None
-
-    def header_values(self, name: str) -> list[str]:
-        """Return every value of a header that came several times."""
-        return [str(value) for value in self._raw.headers.getlist(name)]
-
-    def read(self, limit: int) -> bytes:
-        """Return the rest of the body, or ``limit`` + 1 bytes of one that is longer."""
-        pieces: list[bytes] = []
-        left = limit + 1
-        while left > 0:
-            piece = self.read_piece(min(left, 1 << 18))
-            if not piece:
-                break
-            pieces.append(piece)
-            left -= len(piece)
-        return b"".join(pieces)
-
-    def read_piece(self, size: int) -> bytes:
-        """Return what has arrived, at most ``size`` bytes; ``b""`` at the end of the body."""
-        watch = self._watch
-        watch.waiting_since = begun = self._clock.monotonic()
-        try:
-            piece = self._raw.read1(size, decode_content=False) or b""
-        except Exception as error:
-            raise self._transport.translated(error, watch) from error
-        finally:
-            watch.waiting_since = None
-        watch.waited += self._clock.monotonic() - begun
-        watch.received += len(piece)
-        if watch.verdict:
-            raise self._transport.verdict(watch)
-        return piece
-
-    def read_into(self, buffer: memoryview) -> int:
-        """Fill the start of ``buffer`` with what has arrived; 0 at the end of the body.
-
-        Bytes go from the socket straight into the buffer, as far as that can be done; the first
-        and the last piece pass through the library, which keeps its own accounts of a body's end.
-        """
-        direct = self._direct
-        if direct is None or direct.left <= len(buffer):
-            piece = self.read_piece(len(buffer))
-            buffer[: len(piece)] = piece
-            if direct is not None:
-                direct.left -= len(piece)
-                direct.buffered -= len(piece)
-            return len(piece)
-        if direct.buffered > 0:
-            # http.client may have read the beginning of the body together with the headers. A
-            # short read means that its buffer is empty now.
-            piece = self.read_piece(len(buffer))
-            buffer[: len(piece)] = piece
-            direct.left -= len(piece)
-            short = len(piece) < len(buffer)
-            direct.buffered = 0 if short else direct.buffered - len(piece)
-            return len(piece)
-        watch = self._watch
-        watch.waiting_since = begun = self._clock.monotonic()
-        try:
-            count = direct.read_into(buffer)
-        except Exception as error:
-            raise self._transport.translated(error, watch) from error
-        finally:
-            watch.waiting_since = None
-        watch.waited += self._clock.monotonic() - begun
-        watch.received += count
-        if watch.verdict:
-            raise self._transport.verdict(watch)
-        if count == 0:
-            raise UnavailableError(public_url(self.url), 0, "CUT", "the body ended early")
-        return count
-
-    def finish(self) -> None:
-        """Read a small rest so that the connection can serve again, and close."""
-        if not self._open:
-            return
-        try:
-            if len(self.read(DRAIN_LIMIT)) > DRAIN_LIMIT:
-                self.close()
-        except StowrayError:
-            self.close()
-        finally:
-            self._end()
-
-    def close(self) -> None:
-        """Close the connection unless the body was read to its end; harmless when repeated."""
-        self._end()
-
-    def _end(self) -> None:
-        if not self._open:
-            return
-        self._open = False
-        self._transport.watchdog.remove(self._watch)
-        # After the end of the body the connection is in its pool already and this closes nothing.
-        self._raw.close()
-        self._raw.release_conn()
-        if self._release is not None:
-            self._release()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class _DirectBody:
-    """Reads a body of known length from the socket, past the library's buffers."""
-
-    def __init__(self, raw: Any, answer: Any, stream: Any, left: int) -> None:
-        self.left = left
-        self.buffered = io.DEFAULT_BUFFER_SIZE
-        self._raw = raw
-        self._answer = answer
-        self._stream = stream
-
-    def read_into(self, buffer: memoryview) -> int:
-        # Never the last byte: with that one the library has to see the body end.
-        count = int(self._stream.readinto(buffer[: self.left - 1]) or 0)
-        self.left -= count
-        self._answer.length -= count
-        self._raw.length_remaining -= count
-        return count
-
-
-def _direct_body(raw: Any) -> _DirectBody | None:
-    # Not everything that urllib3 may hand out has these parts; without them bodies are read the
-    # common way.
-    answer = getattr(raw, "_fp", None)
-    stream = getattr(getattr(answer, "fp", None), "raw", None)
-    length = getattr(answer, "length", None)
-    if getattr(answer, "chunked", True) or not isinstance(length, int):
-        return None
-    if not hasattr(stream, "readinto") or raw.length_remaining != length:
-        return None
-    return _DirectBody(raw, answer, stream, length)
 
 
 class _QuietQueries(logging.Filter):
@@ -305,9 +130,9 @@ class Transport:
                 )
             except Exception as error:
                 self.watchdog.remove(watch)
-                if watch.reused and not watch.verdict and _is_stale(error):
+                if watch.reused and not watch.verdict and is_stale(error):
                     continue
-                raise self.translated(error, watch) from error
+                raise translated(error, watch) from error
             except BaseException:
                 self.watchdog.remove(watch)
                 raise
@@ -316,10 +141,10 @@ class Transport:
             watch.in_body = True
             if watch.peer and not sent_by:
                 self._peers[host_of(url)] = watch.peer
-            response = Response(raw, watch, self, url)
+            response = Response(raw, watch, self.watchdog, self.clock, url)
             if watch.verdict:
                 response.close()
-                raise self.verdict(watch)
+                raise verdict(watch)
             return response
 
     @property
@@ -336,25 +161,6 @@ class Transport:
         for manager in managers:
             manager.clear()
         logging.getLogger(LIBRARY_LOGGER).removeFilter(self._quiet)
-
-    def verdict(self, watch: Watch) -> StowrayError:
-        """Return the error for an exchange that the watchdog ended."""
-        if watch.verdict == "cancelled":
-            return CancelledError(watch.url)
-        return UnavailableError(watch.url, 0, *_VERDICTS[watch.verdict])
-
-    def translated(self, error: Exception, watch: Watch) -> StowrayError:
-        """Return the error of ours that says what a library's error means."""
-        if watch.verdict:
-            return self.verdict(watch)
-        if isinstance(error, StowrayError):
-            return error
-        from urllib3 import exceptions
-
-        if not isinstance(error, exceptions.HTTPError | HTTPException | OSError | ValueError):
-            # Nothing that a peer can cause: a mistake of ours must not look like a bad network.
-            raise error
-        return _translated(error, watch.url)
 
     def _manager(self, url: str, connection: Connection) -> PoolManager:
         # Pools are never shared by connections of different trust.
@@ -418,44 +224,3 @@ class Transport:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
-
-
-def _is_stale(error: Exception) -> bool:
-    """Return whether the server closed a kept-alive connection before it saw the request."""
-    from urllib3.exceptions import ProtocolError
-
-    cause = error.args[1] if isinstance(error, ProtocolError) and len(error.args) > 1 else error
-    # http.client.RemoteDisconnected is a ConnectionResetError.
-    return isinstance(cause, ConnectionResetError | BrokenPipeError)
-
-
-def _translated(error: Exception, url: str) -> StowrayError:
-    import ssl
-
-    from urllib3 import exceptions
-
-    detail = redact_text(str(error.args[-1] if error.args else error))
-    inner = error.args[-1] if error.args else None
-    for cause in (error, inner, error.__cause__, error.__context__):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            reason = redact_text(cause.verify_message or str(cause))
-            return RegistryError(url, 0, "TLS", f"the certificate is not trusted: {reason}")
-    if isinstance(error, exceptions.ProxyError):
-        return UnavailableError(url, 0, "PROXY", detail)
-    if isinstance(error, exceptions.TimeoutError | TimeoutError):
-        return UnavailableError(url, 0, "TIMEOUT", f"no answer from {host_of(url)} in time")
-    if isinstance(error, exceptions.SSLError | ssl.SSLError):
-        return UnavailableError(url, 0, "TLS", detail)
-    if isinstance(error, IncompleteRead) or isinstance(inner, IncompleteRead):
-        return UnavailableError(url, 0, "CUT", "the body ended early")
-    if isinstance(error, exceptions.ProtocolError):
-        code = "CUT"
-        if isinstance(inner, HTTPException) and not isinstance(inner, ConnectionError):
-            # Bytes that are not HTTP, too many headers, a broken chunk.
-            code = "PROTOCOL"
-        return UnavailableError(url, 0, code, detail)
-    if isinstance(error, exceptions.LocationValueError | ValueError):
-        return RegistryError(url, 0, "URL", detail)
-    if isinstance(error, exceptions.HTTPError | OSError | HTTPException):
-        return UnavailableError(url, 0, "CUT", detail)
-    return RegistryError(url, 0, "", detail)

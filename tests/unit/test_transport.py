@@ -18,11 +18,13 @@ from stowray.pipeline.errors import (
     UsageError,
 )
 from stowray.pipeline.proxies import Proxies
-from stowray.pipeline.transport import Response, Transport
+from stowray.pipeline.transport import Transport
 from tests.support.registry import FakeRegistry, Fault, incompressible
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stowray.pipeline.response import Response
 
 SIZE = 3 << 20
 DATA = incompressible(SIZE)
