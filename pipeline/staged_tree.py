@@ -77,9 +77,16 @@ class Directory:
         self.inherits = False
         self.descriptor = -1
         self.attributes = DEFAULT_ATTRIBUTES
-        self.children: dict[bytes, Directory] = {}
+        # Most directories hold only files: they share one empty mapping.
+        self.children: dict[bytes, Directory] = _NO_CHILDREN
         self.whiteouts: set[bytes] | None = None
         self.records: dict[bytes, Record] | None = None
+
+    def add(self, child: Directory) -> None:
+        """Enter a directory below this one."""
+        if self.children is _NO_CHILDREN:
+            self.children = {}
+        self.children[child.name] = child
 
     def path(self) -> bytes:
         """Return the path from the root, without slashes at its ends."""
@@ -103,6 +110,9 @@ class Directory:
         """Return the path of a name in this directory."""
         path = self.path()
         return path + b"/" + name if path else name
+
+
+_NO_CHILDREN: Final[dict[bytes, Directory]] = {}
 
 
 class StagedTree:
@@ -254,7 +264,8 @@ class StagedTree:
         if node is not None and node.is_symlink:
             return self.lower.readlink(node), None, True
         if node is not None and node.is_directory:
-            child = here.children[name] = Directory(here, name, PHANTOM)
+            child = Directory(here, name, PHANTOM)
+            here.add(child)
             child.inherits = True
             child.attributes = Attributes(
                 node.mode, node.uid, node.gid, node.mtime_ns, self.lower.xattrs(node)
@@ -277,7 +288,8 @@ class StagedTree:
         if beyond and certain:
             return None
         for name in beyond:
-            child = here.children[name] = Directory(here, name, PHANTOM)
+            child = Directory(here, name, PHANTOM)
+            here.add(child)
             child.inherits = True
             self.assumed.append(child)
             here = child
@@ -315,7 +327,7 @@ class StagedTree:
         if not certain:
             child.inherits = True
             self.assumed.append(child)
-        here.children[name] = child
+        here.add(child)
         return child
 
     def materialise(self, directory: Directory) -> None:
