@@ -112,7 +112,8 @@ def deliver(
     """
     named = image_name(image, name, target)
     if target.kind == OCI_ARCHIVE:
-        archive = ImageArchive(store, image, named)
+        # The list beside it makes the file one that older dockers load too.
+        archive = ImageArchive(store, image, named, docker=True)
         archive.check()
         write_file(archive, Path(target.path), cancelled)
         return Delivered(str(target), named, str(archive.root.digest), present=False)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import threading
@@ -141,7 +142,7 @@ class _Feeder:
         except StowrayError as error:
             self.error = error
             # Its input must not look complete.
-            self._process.kill()
+            _signal(self._process, signal.SIGKILL)
         finally:
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -163,13 +164,20 @@ def _await(
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a program: by request first, so that it can put its own things in order."""
-    process.terminate()
+    """End a program and what it started: by request first, so that it can clean up."""
+    _signal(process, signal.SIGTERM)
     try:
         process.wait(_END_SECONDS)
     except subprocess.TimeoutExpired:
-        process.kill()
+        _signal(process, signal.SIGKILL)
         process.wait()
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Signal the program's process group, which is its own and named by its process ID."""
+    if process.returncode is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
 
 
 def _read(file: IO[bytes]) -> str:

@@ -43,22 +43,27 @@ def assert_same_image(actual: Path, expected: Path) -> None:
 class Containerd:
     """A running containerd, spoken to through `ctr`."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, namespace: str = "default") -> None:
         self.root = root
+        self.namespace = namespace
         self.address = root / "containerd.sock"
 
-    def ctr(self, *arguments: str | Path, namespace: str = "default") -> str:
-        command = ["ctr", "-a", str(self.address), "-n", namespace, *map(str, arguments)]
+    def within(self, namespace: str) -> Containerd:
+        """The same one, in another namespace."""
+        return Containerd(self.root, namespace)
+
+    def ctr(self, *arguments: str | Path) -> str:
+        command = ["ctr", "-a", str(self.address), "-n", self.namespace, *map(str, arguments)]
         return peers.run(command).stdout
 
-    def images(self, namespace: str = "default") -> dict[str, str]:
+    def images(self) -> dict[str, str]:
         """Name to digest."""
-        lines = self.ctr("images", "ls", namespace=namespace).splitlines()[1:]
+        lines = self.ctr("images", "ls").splitlines()[1:]
         return {words[0]: words[2] for words in map(str.split, lines)}
 
-    def is_ready(self, name: str, namespace: str = "default") -> bool:
+    def is_ready(self, name: str) -> bool:
         """Whether all content is there and unpacked."""
-        return name in self.ctr("images", "check", "-q", namespace=namespace).split()
+        return name in self.ctr("images", "check", "-q").split()
 
     @contextlib.contextmanager
     def mounted(self, name: str, at: Path, *, platform: str = "linux/amd64") -> Iterator[Path]:
