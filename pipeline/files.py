@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 # Temporary names start so; they are locked while they are written (gc removes the unlocked ones).
 TEMPORARY = ".tmp-"
 PROBE = ".probe-"
+# What a process of ours asks for; far above what any tree needs, below what slows a close-all loop.
+DESCRIPTORS = 65_536
 
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space (`stowray gc`) or choose another --store",
@@ -135,3 +137,16 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def raise_descriptor_limit() -> None:
+    """Let this process open as many files as it may: walking a deep chain holds many directories.
+
+    The soft limit is 1024 by custom, for programs that use select(2); this one does not.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -81,12 +81,7 @@ class Capabilities:
             (self.case_sensitive, "names that differ only in case"),
             (self.whiteouts, "whiteout devices (mknod c 0 0)"),
         ]
-        if self.privileged:
-            wanted += [
-                (self.trusted_xattrs, "trusted.* extended attributes"),
-                (self.devices, "device nodes (mknod)"),
-            ]
-        else:
+        if not self.privileged:
             wanted += [(self.user_xattrs, "user.* extended attributes")]
         return [text for present, text in wanted if not present]
 
@@ -121,16 +116,20 @@ def _probe(store: Path, scratch: Path) -> Capabilities:
     file = scratch / "File"
     file.write_bytes(b"1")
     device = scratch.lstat().st_dev
+    trusted_xattrs = _works(lambda: os.setxattr(file, "trusted.stowray", b"1"))
+    devices = _device(scratch / "null", 1, 3)
     return Capabilities(
-        privileged=os.geteuid() == 0,
+        # Root of an ordinary container or of a user namespace has the number and not the rights:
+        # it keeps trees as a plain user does.
+        privileged=os.geteuid() == 0 and trusted_xattrs and devices,
         flock=_flock(file),
         rename=_rename(scratch),
         symlinks=_works(lambda: os.symlink("nowhere", scratch / "link")),
         hard_links=_works(lambda: os.link(file, scratch / "hard", follow_symlinks=False)),
         case_sensitive=not os.path.lexists(scratch / "fILE"),
         user_xattrs=_works(lambda: os.setxattr(file, "user.stowray", b"1")),
-        trusted_xattrs=_works(lambda: os.setxattr(file, "trusted.stowray", b"1")),
-        devices=_device(scratch / "null", 1, 3),
+        trusted_xattrs=trusted_xattrs,
+        devices=devices,
         # Since Linux 5.8 anybody may make the 0/0 character device (overlayfs whiteout).
         whiteouts=_device(scratch / "whiteout", 0, 0),
         same_device=all(

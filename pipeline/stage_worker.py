@@ -17,6 +17,7 @@ import traceback
 from typing import Any
 
 from stowray.pipeline.errors import StorageError, StowrayError, to_wire
+from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.frames import receive_frame, send_frame
 
 PROGRESS_SECONDS = 0.05
@@ -77,6 +78,7 @@ def serve(connection: socket.socket) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     # The process is ours alone: modes are given exactly at creation instead of by a later call.
     os.umask(0)
+    raise_descriptor_limit()
     # The tar loop holds the interpreter lock; the inflating and hashing threads must get it back
     # quickly after each chunk, and the default interval of 5 ms is longer than a chunk takes.
     sys.setswitchinterval(0.0005)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stowray.cli.app import fail
 from stowray.pipeline.errors import CancelledError, StowrayError
+from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ class Work:
     """An engine with a display, for the time of one command."""
 
     def __init__(self, context: Context, *, forks: bool = True) -> None:
+        raise_descriptor_limit()
         self._context = context
         self._interrupted = threading.Event()
         self._handlers: dict[int, Any] = {}

@@ -43,8 +43,6 @@ ALL = Capabilities(
         ("case_sensitive", "only in case", (True, False)),
         ("whiteouts", "whiteout devices", (True, False)),
         ("same_device", "one file system", (True, False)),
-        ("trusted_xattrs", r"trusted\.\*", (True,)),
-        ("devices", "device nodes", (True,)),
         ("user_xattrs", r"user\.\*", (False,)),
         ("hard_links", "", ()),
     ],
@@ -89,12 +87,26 @@ def test_parts_on_other_file_systems_are_noticed(workspace: Path) -> None:
 def test_a_file_system_without_what_is_needed_is_refused(workspace: Path) -> None:
     subprocess.run(["mount", "-t", "ramfs", "ramfs", workspace], check=True)
     try:
-        with pytest.raises(StorageError, match=r"lacks trusted\.\* extended attributes: choose"):
+        with pytest.raises(StorageError, match=r"lacks user\.\* extended attributes: choose"):
             Store.open(workspace / "store")
         # Nothing but the directory was made.
         assert list((workspace / "store").iterdir()) == []
     finally:
         subprocess.run(["umount", workspace], check=True)
+
+
+@pytest.mark.root
+def test_root_without_its_rights_keeps_trees_as_a_plain_user(workspace: Path) -> None:
+    code = """
+import sys
+from pathlib import Path
+from stowray.pipeline.store import Store
+print(Store.open(Path(sys.argv[1])).capabilities.privileged)
+"""
+    # Root of a user namespace: what root of an ordinary container is, too.
+    command = ["unshare", "-r", sys.executable, "-c", code, str(workspace / "store")]
+    answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert answer.stdout.strip() == "False"
 
 
 def test_a_plain_user_can_have_a_store() -> None:
