@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING
 
