@@ -355,7 +355,9 @@ class Fetcher:
         else:
             work.origins.remove(origin)
         if work.opened and home in work.origins:
-            work.origins = [home]
+            # The others stay, for the case that it cannot be reached.
+            work.origins.remove(home)
+            work.origins.insert(0, home)
         work.tell("retrying", ingest.offset)
 
 
