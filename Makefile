@@ -61,12 +61,12 @@ deps:  ## install the programs that tests compare against (Debian, as root), els
 	export DEBIAN_FRONTEND=noninteractive; \
 	readarray -t packages < <(printf '%s\n' "$${packages[@]}" | sort -u); \
 	install=(apt-get install -y -q --no-install-recommends); \
-	"$${install[@]}" "$${packages[@]}" >/dev/null 2>&1 \
-		|| { apt-get update -q || true; } \
-		&& "$${install[@]}" "$${packages[@]}" \
-		|| for package in "$${packages[@]}"; do \
-			"$${install[@]}" "$$package" || echo "make deps: $$package cannot be installed" >&2; \
-		done
+	"$${install[@]}" "$${packages[@]}" >/dev/null 2>&1 && exit 0; \
+	apt-get update -q || true; \
+	"$${install[@]}" "$${packages[@]}" && exit 0; \
+	for package in "$${packages[@]}"; do \
+		"$${install[@]}" "$$package" || echo "make deps: $$package cannot be installed" >&2; \
+	done
 
 check: setup  ## format, lint and types
 	$(BIN)/ruff format --check $(SOURCES)

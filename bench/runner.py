@@ -22,7 +22,10 @@ TICKS = os.sysconf("SC_CLK_TCK")
 
 @dataclass(frozen=True)
 class Sample:
-    """One run: `rss` is the largest resident size of any one of its processes, in bytes."""
+    """One run: `rss` is the largest resident size of any one of its processes, in bytes.
+
+    The kernel counts what a process had before `exec` too, so this runner's own size is the least.
+    """
 
     seconds: float
     cpu_seconds: float
