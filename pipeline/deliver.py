@@ -130,8 +130,10 @@ def deliver(
 
 def write_file(archive: ImageArchive, path: Path, cancelled: Callable[[], bool]) -> None:
     """Put the archive at ``path`` in one step."""
-    if path.is_dir():
-        raise UsageError(str(path), "is a directory: name the archive's file")
+    # What a link leads to is replaced, not the link; a device or fifo must not become a file.
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise UsageError(str(path), "is no regular file: name the archive's file")
     temporary = path.with_name(f"{TEMPORARY}{secrets.token_hex(8)}")
     try:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC

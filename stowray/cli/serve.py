@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import sys
 from typing import TYPE_CHECKING
@@ -69,6 +70,9 @@ def _noting_signals(asked: list[int], act: Callable[[], None]) -> Iterator[None]
     """Note SIGINT and SIGTERM and ``act``, instead of dying of them, for a block."""
 
     def note(number: int, _frame: FrameType | None) -> None:
+        if asked:
+            # Asked twice: leave now, whatever a thread still waits for. Nothing here is half done.
+            os._exit(130 if number == signal.SIGINT else 0)
         asked.append(number)
         act()
 

@@ -200,13 +200,23 @@ def test_a_full_disk_leaves_nothing(amd64: tuple[Store, Image]) -> None:
 
 @pytest.mark.parametrize(
     ("place", "error"),
-    [("none/x.tar", StorageError), (".", UsageError)],
+    [("none/x.tar", StorageError), (".", UsageError), ("link", UsageError)],
 )
 def test_places_that_cannot_be_written(
     amd64: tuple[Store, Image], tmp_path: Path, place: str, error: type[StowrayError]
 ) -> None:
+    (tmp_path / "link").symlink_to("/dev/null")
     with pytest.raises(error):
         write_file(ImageArchive(*amd64, NAME), tmp_path / place, never)
+    assert Path("/dev/null").is_char_device()
+
+
+def test_what_a_link_leads_to_is_replaced(amd64: tuple[Store, Image], tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(b"old")
+    (tmp_path / "link").symlink_to("x.tar")
+    write_file(ImageArchive(*amd64, NAME), tmp_path / "link", never)
+    assert (tmp_path / "link").is_symlink()
+    assert tarfile.is_tarfile(tmp_path / "x.tar")
 
 
 # Targets and names
@@ -355,7 +365,7 @@ def test_docker_wants_a_tag(
     [
         ("docker", "Cannot connect to the Docker daemon at x", NodeError, "DOCKER_HOST"),
         ("containerd", "ctr: failed to dial /run/x: timeout", NodeError, "CONTAINERD_ADDRESS"),
-        ("containerd", "permission denied", StorageError, "root"),
+        ("containerd", "ctr: failed to dial: permission denied", StorageError, "root"),
         ("podman", "write /x: no space left on device", StorageError, "full"),
         ("podman", "something else", NodeError, "something else"),
         ("podman", "login https://u:secret@e.org/ failed", NodeError, "login"),

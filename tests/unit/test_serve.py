@@ -9,15 +9,20 @@ import json
 import queue
 import socket
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import pytest
 
+from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import PullOptions
 from stowray.pipeline.errors import UsageError
+from stowray.pipeline.fetch import Fetcher
 from stowray.pipeline.platform import Platform
+from stowray.pipeline.reference import Reference
+from stowray.pipeline.registry import Registry
 from stowray.pipeline.serve import (
     BlobServer,
     Served,
@@ -26,10 +31,11 @@ from stowray.pipeline.serve import (
     is_loopback_host,
     parse_listen,
 )
+from stowray.pipeline.settings import RegistrySettings
 from stowray.pipeline.source import parse_source
 from stowray.pipeline.store import Store
 from tests.support import stores
-from tests.support.registry import OCI_INDEX, OCI_MANIFEST, FakeRegistry
+from tests.support.registry import OCI_INDEX, OCI_LAYER, OCI_MANIFEST, FakeRegistry
 from tests.support.small import local_engine, small_tar
 
 if TYPE_CHECKING:
@@ -650,6 +656,39 @@ def test_a_peer_holds_a_request_until_the_blob_begins(store: Store) -> None:
             ingest.write(ARRIVING)
             ingest.commit()
             assert response.read() == ARRIVING
+
+
+def test_a_blob_passes_through_a_chain_of_peers_while_it_arrives(
+    store: Store, tmp_path: Path
+) -> None:
+    """The third has bytes of which the first does not have the end yet."""
+    second = Store.open(tmp_path / "second")
+    descriptor = Descriptor(OCI_LAYER, DIGEST, len(ARRIVING))
+    ingest = store.acquire(DIGEST, len(ARRIVING))
+    assert ingest is not None
+    with ingest, peer(store, DIGEST) as first, peer(second, DIGEST) as between:
+        registry = Registry(RegistrySettings())
+        fetcher = Fetcher(second, [registry])
+        reference = Reference.parse(f"{first.address}/a/b:1")
+        with ThreadPoolExecutor(1) as pool:
+            # Asked before there is anything: both servers hold.
+            fetched = pool.submit(
+                fetcher.fetch,
+                reference,
+                descriptor,
+                report=lambda *_: None,
+                cancelled=lambda: False,
+            )
+            ingest.write(ARRIVING[:HALF])
+            with reading(between, PATH) as response:
+                start = response.read(HALF)
+                assert not fetched.done()
+                ingest.write(ARRIVING[HALF:])
+                ingest.commit()
+                assert start + response.read() == ARRIVING
+            assert fetched.result(timeout=60).fetched_bytes == len(ARRIVING)
+        registry.close()
+    assert second.has(DIGEST, len(ARRIVING))
 
 
 def test_a_peer_holds_requests_for_manifests_too(store: Store) -> None:
