@@ -1,7 +1,8 @@
 """Moves a layer's stream through three threads: read and decompress, hash, and the caller's own.
 
 Invariant: at most ``_DEPTH`` chunks wait for each consumer; the hash covers exactly the chunks that
-were handed out, to the end of the stream; when the pump is closed, both threads have ended.
+were handed out, to the end of the stream; when the pump is closed, both threads have ended: a
+``read`` in flight is waited for, so that a pump that is closed early asks its source to hurry.
 """
 
 from __future__ import annotations
@@ -56,15 +57,20 @@ class ChunkPump:
         limits: LayerLimits,
         report: Callable[[int], None] | None,
         cancelled: Callable[[], bool] | None,
+        *,
+        algorithm: str = "sha256",
+        interrupt: Callable[[], None] | None = None,
     ) -> None:
         self.size = 0
+        self._interrupt = interrupt
         self._read = decompress(read, limits)
         self._report = report
         self._cancelled = cancelled
         self._closed = False
         self._ended = False
         self._failure: BaseException | None = None
-        self._hasher = hashlib.sha256()
+        self._algorithm = algorithm
+        self._hasher = hashlib.new(algorithm)
         self._to_caller = _Lane()
         self._to_hasher = _Lane()
         self._threads = [
@@ -79,6 +85,9 @@ class ChunkPump:
 
     def __exit__(self, *_: object) -> None:
         self._closed = True
+        if self._interrupt is not None and not self._ended:
+            # The reader may be waiting for bytes that nobody wants any more.
+            self._interrupt()
         self._to_caller.give_up()
         self._to_hasher.give_up()
         for thread in self._threads:
@@ -99,7 +108,7 @@ class ChunkPump:
     def digest(self) -> Digest:
         """Return the digest of the stream; the caller has seen its end."""
         self._threads[1].join()
-        return Digest(f"sha256:{self._hasher.hexdigest()}")
+        return Digest(f"{self._algorithm}:{self._hasher.hexdigest()}")
 
     def _fetch(self) -> None:
         try:

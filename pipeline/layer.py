@@ -54,14 +54,20 @@ def stage_layer(
     lower: ChainView | None = None,
     report: Callable[[int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
+    interrupt: Callable[[], None] | None = None,
+    algorithm: str = "sha256",
 ) -> Staged:
     """Apply the layer that ``read`` yields (compressed or not) to the empty ``directory``.
 
     Without ``lower`` nothing is known of what lies below, and what is assumed is noted for
     ``reconcile.settle``; with it, the tree is exactly right above that chain. ``report`` is given
-    the bytes of the uncompressed stream so far. On any failure the tree is useless.
+    the bytes of the uncompressed stream so far. ``interrupt`` is called when the stage fails before
+    the stream ends: it makes a ``read`` in flight, which must end before this returns, end soon.
+    ``algorithm`` is that of the diff ID. On any failure the tree is useless.
     """
-    with ChunkPump(read, limits, report, cancelled) as pump:
+    with ChunkPump(
+        read, limits, report, cancelled, algorithm=algorithm, interrupt=interrupt
+    ) as pump:
         reader = TarReader(pump.next, limits)
         try:
             applier = LayerApplier(reader, directory, privileged, lower)

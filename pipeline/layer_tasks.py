@@ -5,6 +5,7 @@ Shared by the local worker processes and the unpack actors, so that both engines
 
 from __future__ import annotations
 
+import threading
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,13 +47,19 @@ class LayerTasks:
         diff_id = Digest(arguments["diff_id"])
         limits = LayerLimits(**{name: v for name, v in arguments["limits"].items() if v})
         consumed = 0
+        # Set when the stage has failed: the rest of the blob may be long in coming.
+        interrupted = threading.Event()
 
         @contextmanager
         def open_read() -> Iterator[Callable[[], bytes]]:
             nonlocal consumed
             consumed = 0
+            interrupted.clear()
             with store.follow(
-                digest, size, cancelled=cancelled, grace_seconds=FOLLOW_SECONDS
+                digest,
+                size,
+                cancelled=lambda: cancelled() or interrupted.is_set(),
+                grace_seconds=FOLLOW_SECONDS,
             ) as follower:
 
                 def read() -> bytes:
@@ -65,7 +72,9 @@ class LayerTasks:
                 yield read
 
         if operation == "stage":
-            staged = snapshots.stage(diff_id, open_read, limits=limits, cancelled=cancelled)
+            staged = snapshots.stage(
+                diff_id, open_read, limits=limits, cancelled=cancelled, interrupt=interrupted.set
+            )
             existed, unpacked = staged.existed, staged.unpacked_size
         elif operation == "commit":
             parent = arguments["parent"]
@@ -77,6 +86,7 @@ class LayerTasks:
                 open_read,
                 limits=limits,
                 cancelled=cancelled,
+                interrupt=interrupted.set,
             )
             existed, unpacked = False, snapshot.unpacked_size
         else:

@@ -139,11 +139,13 @@ class Snapshots:
         limits: LayerLimits = DEFAULT_LIMITS,
         report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        interrupt: Callable[[], None] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> StageOutcome:
         """Make the tree of one layer alone, from its blob as ``open_read`` gives it.
 
-        Whoever stages a layer that another process is staging waits and finds its tree. Raises
+        Whoever stages a layer that another process is staging waits and finds its tree.
+        ``interrupt`` makes a read in flight end soon when the stage fails meanwhile. Raises
         DigestMismatchError, with nothing left behind, when the layer is not ``diff_id``.
         """
         started = time.monotonic()
@@ -153,7 +155,7 @@ class Snapshots:
             existed = record is not None
             if record is None:
                 self.trees.drop(name)
-                source = LayerSource(open_read, limits, report, cancelled)
+                source = LayerSource(open_read, limits, report, cancelled, interrupt)
                 record = self._stager.stage(name, diff_id, source)
         return StageOutcome(
             existed=existed,
@@ -175,6 +177,7 @@ class Snapshots:
         limits: LayerLimits = DEFAULT_LIMITS,
         report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
+        interrupt: Callable[[], None] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> Snapshot:
         """Publish ``chain_id``: the layer ``diff_id`` on the committed snapshot ``parent``.
@@ -196,7 +199,7 @@ class Snapshots:
             if parent is not None:
                 # It stands on a complete chain itself, or it could not have been committed.
                 self.get(parent)
-            source = LayerSource(open_read, limits, report, cancelled)
+            source = LayerSource(open_read, limits, report, cancelled, interrupt)
             layer, record = self._layer(diff_id, parent, source)
             snapshot = Snapshot(
                 chain_id=chain_id,
@@ -335,6 +338,7 @@ class Snapshots:
                     limits=source.limits,
                     report=source.report,
                     cancelled=source.cancelled,
+                    interrupt=source.interrupt,
                 )
                 continue
             if not record.notes:

@@ -37,13 +37,15 @@ class LayerSource:
     """Where a layer's stored bytes come from, and how its staging is watched.
 
     ``open_read`` may be called again: a stage that must begin anew reads from the start. ``report``
-    is given the bytes of the uncompressed stream so far.
+    is given the bytes of the uncompressed stream so far. ``interrupt`` makes a read in flight end
+    soon, for the stage has failed.
     """
 
     open_read: OpenRead
     limits: LayerLimits = DEFAULT_LIMITS
     report: Callable[[int], None] | None = None
     cancelled: Callable[[], bool] | None = None
+    interrupt: Callable[[], None] | None = None
 
 
 class Stager:
@@ -140,6 +142,8 @@ class Stager:
                 lower=lower,
                 report=source.report,
                 cancelled=source.cancelled,
+                interrupt=source.interrupt,
+                algorithm=diff_id.algorithm,
             )
         if staged.diff_id != diff_id:
             raise DigestMismatchError(f"layer {diff_id}", diff_id, staged.diff_id)

@@ -110,6 +110,13 @@ def test_times_beyond_the_file_system_are_clamped_not_wrapped(tree: Path) -> Non
     assert (tree / "d").stat().st_mtime > 2**31
 
 
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_the_diff_id_is_of_the_algorithm_asked_for(tree: Path, algorithm: str) -> None:
+    data = tar_bytes([file("a", b"x")])
+    staged = stage_layer(reader(data), tree, privileged=ROOT, algorithm=algorithm)
+    assert staged.diff_id == f"{algorithm}:{hashlib.new(algorithm, data).hexdigest()}"
+
+
 @as_root
 def test_owners_devices_setuid_and_capabilities_as_root(tree: Path) -> None:
     capability = bytes.fromhex("0100000200200000000000000000000000000000")
@@ -334,6 +341,29 @@ def test_a_bad_entry_ends_all_threads_with_much_left_to_read(tree: Path) -> None
     with pytest.raises(LayerError):
         stage_layer(reader(data), tree, privileged=ROOT)
     assert threading.active_count() == before
+
+
+def test_a_bad_entry_is_reported_while_the_rest_does_not_come(tree: Path) -> None:
+    before = threading.active_count()
+    pieces = [tar_bytes([file("../a")])[:1024]]
+    hurry = threading.Event()
+
+    def read() -> bytes:
+        if pieces:
+            return pieces.pop()
+        hurry.wait()
+        raise CancelledError("reading")
+
+    with pytest.raises(LayerError, match=r"\.\."):
+        stage_layer(read, tree, privileged=ROOT, interrupt=hurry.set)
+    assert threading.active_count() == before
+
+
+def test_nothing_is_interrupted_that_has_ended(tree: Path) -> None:
+    calls: list[None] = []
+    data = tar_bytes([file("a", b"x")])
+    stage_layer(reader(data), tree, privileged=ROOT, interrupt=lambda: calls.append(None))
+    assert calls == []
 
 
 def test_cancelling_ends_the_stage(tree: Path) -> None:

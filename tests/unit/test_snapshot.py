@@ -26,6 +26,7 @@ from stowray.pipeline.errors import (
     StorageError,
 )
 from stowray.pipeline.ingest import GenerationChanged
+from stowray.pipeline.layer_tasks import LayerTasks
 from stowray.pipeline.mount import mount, umount
 from stowray.pipeline.overlay import ChainView
 from stowray.pipeline.removal import remove_tree
@@ -194,6 +195,38 @@ def test_a_wrong_diff_id_leaves_nothing(snapshots: Snapshots, store: Store) -> N
         snapshots.stage(promised, Layer(WHOLE).open_read)
     assert caught.value.what == f"layer {promised}"
     assert caught.value.actual == Digest.of(WHOLE)
+    assert os.listdir(store.path / "layers") == []
+
+
+def test_a_sha512_diff_id_is_held_to_its_own_algorithm(snapshots: Snapshots) -> None:
+    diff_id = Digest.of(WHOLE, "sha512")
+    snapshot = commit_chain(snapshots, [Layer(WHOLE, diff_id), WHOLE])[0]
+    assert snapshot.chain_id == snapshot.diff_id == diff_id
+    assert snapshots.has(diff_id)
+    with pytest.raises(DigestMismatchError) as caught:
+        wrong = Digest.of(b"other", "sha512")
+        snapshots.stage(wrong, Layer(WHOLE).open_read)
+    assert caught.value.actual == diff_id
+
+
+def test_a_bad_layer_is_reported_while_its_download_stands_still(store: Store) -> None:
+    blob = archive(file("../climbs")) + bytes(1 << 20)
+    digest = Digest.of(blob)
+    arguments = {
+        "store": str(store.path),
+        "boot": [store.boot.boot_id, store.boot.host],
+        "digest": digest,
+        "size": len(blob),
+        "diff_id": digest,
+        "limits": {},
+    }
+    ingest = store.acquire(digest, len(blob))
+    assert ingest is not None
+    with ingest:
+        ingest.write(blob[:2048])
+        # No more comes: without an end to the read in flight this would wait for a day.
+        with pytest.raises(LayerError, match="climbs"):
+            LayerTasks().run("stage", arguments, lambda *_: None, lambda: False)
     assert os.listdir(store.path / "layers") == []
 
 
