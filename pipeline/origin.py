@@ -25,7 +25,7 @@ class Resolved:
     descriptor: Descriptor
     body: bytes | None = None
     source: str = ""
-    # Manifest requests that count against a registry's quota.
+    # Requests for manifests that it took, HEAD and GET.
     requests: int = 0
 
 

@@ -11,6 +11,7 @@ larger than its limit is read; a tag's manifest is never looked for among the bl
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 from stowray.pipeline.answers import to_error
@@ -104,20 +105,30 @@ class Registry:
     def resolve(self, reference: Source, *, cancelled: Callable[[], bool] = never) -> Resolved:
         """Return what ``reference`` names now, with its document when a GET was needed."""
         reference = _of_registry(reference)
+        # Those that brought nothing count as well, a HEAD like a GET.
+        requests = 0
 
         def by_digest(endpoint: Endpoint, digest: Digest) -> Resolved:
+            nonlocal requests
+            requests += 1
             return self._by_digest(endpoint, reference, digest, None, cancelled)
 
         def by_tag(endpoint: Endpoint) -> Resolved:
+            nonlocal requests
+            requests += 1
             found = self._head(endpoint, reference, cancelled)
-            return found or self._get_tag(endpoint, reference, cancelled)
+            if found is None:
+                requests += 1
+                found = self._get_tag(endpoint, reference, cancelled)
+            return found
 
         def attempt() -> Resolved:
             if (digest := reference.digest) is not None:
                 return self._from_any(reference, "pull", lambda place: by_digest(place, digest))
             return self._from_any(reference, "resolve", by_tag)
 
-        return self._retried(f"resolve {reference.canonical}", attempt, cancelled)
+        found = self._retried(f"resolve {reference.canonical}", attempt, cancelled)
+        return replace(found, requests=requests)
 
     def manifest(
         self,

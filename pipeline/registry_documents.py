@@ -78,4 +78,4 @@ def resolved(response: Response, body: bytes, digest: Digest) -> Resolved:
 
         media_type = detect_media_type(body)
     descriptor = Descriptor(media_type=escape(media_type), digest=digest, size=len(body))
-    return Resolved(descriptor, body, host_of(response.url), requests=1)
+    return Resolved(descriptor, body, host_of(response.url))

@@ -97,6 +97,19 @@ def wait_for_half(engine, size: int) -> None:
         threading.Event().wait(0.01)
 
 
+@pytest.mark.parametrize("refuses_heads", [False, True])
+def test_manifest_requests_are_what_the_registry_saw(tmp_path, refuses_heads) -> None:
+    with FakeRegistry() as registry, local_engine(tmp_path / "store") as engine:
+        registry.add_image("a/b", "1", LAYERS)
+        if refuses_heads:
+            registry.fault("/manifests/", Fault(status=405), method="HEAD", repeat=True)
+        for _ in range(2):
+            before = registry.count("/manifests/")
+            result = engine.pull(reference_of(registry, "a/b:1"), PullOptions(policy="always"))
+            asked = registry.count("/manifests/") - before
+            assert result.manifest_requests == asked >= 1 + refuses_heads
+
+
 def test_a_pull_that_finds_everything_starts_nothing(tmp_path) -> None:
     with FakeRegistry() as registry, local_engine(tmp_path / "store") as engine:
         digest = registry.add_image("a/b", "1", LAYERS)

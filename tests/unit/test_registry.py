@@ -94,7 +94,7 @@ def test_a_head_is_enough(fake: FakeRegistry, make: Make) -> None:
     assert resolved.descriptor == Descriptor(OCI_MANIFEST, digest, len(body))
     assert resolved.body is None
     assert methods(fake) == ["HEAD"]
-    assert resolved.requests == 0
+    assert resolved.requests == 1
 
 
 def test_every_type_is_accepted_as_a_value_of_its_own(fake: FakeRegistry, make: Make) -> None:
@@ -133,7 +133,7 @@ def test_a_head_that_does_not_tell_all_is_followed_by_a_get(
     assert methods(fake) == ["HEAD", "GET"]
     assert resolved.descriptor == Descriptor(OCI_MANIFEST, digest, len(body))
     assert resolved.body == body
-    assert resolved.requests == 1
+    assert resolved.requests == 2
 
 
 def test_the_reason_of_a_refused_head_comes_from_a_get(fake: FakeRegistry, make: Make) -> None:
