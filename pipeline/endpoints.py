@@ -9,7 +9,7 @@ others, but is never left out.
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -31,11 +31,20 @@ if TYPE_CHECKING:
 
 Operation = Literal["resolve", "pull"]
 
+# The first rest; each that follows soon after is twice as long, up to the longest.
 REST_SECONDS = 30.0
 # Codes of errors that took their time.
 SLOW_CODES = frozenset({"TIMEOUT", "SLOW", "UNREACHABLE"})
-# A host that serves wrong bytes does not mend itself while we look.
-WRONG_REST_SECONDS = 900.0
+# At once for a host that serves wrong bytes: it does not mend itself while we look.
+LONGEST_REST_SECONDS = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Rest:
+    """Until when an endpoint is passed over, and how long that is in all."""
+
+    end: float
+    seconds: float
 
 
 class Endpoints:
@@ -55,7 +64,7 @@ class Endpoints:
         self._hosts: dict[str, Hosts | None] = {}
         self._certificates: dict[str, Connection] = {}
         self._conf: RegistriesConf | None = None
-        self._resting: dict[tuple[str, str, str], float] = {}
+        self._rests: dict[tuple[str, str, str], _Rest] = {}
 
     def find(self, reference: Reference, operation: Operation) -> tuple[Endpoint, ...]:
         """Return the endpoints that may be asked, the registry itself last.
@@ -83,21 +92,29 @@ class Endpoints:
         """Let a mirror rest that gave wrong bytes, or nothing for as long as it was waited for."""
         if endpoint.home:
             return
-        if isinstance(error, ContentError):
-            seconds = WRONG_REST_SECONDS
-        elif isinstance(error, UnavailableError) and error.code in SLOW_CODES:
-            seconds = REST_SECONDS
-        else:
+        is_wrong = isinstance(error, ContentError)
+        if not is_wrong and not (isinstance(error, UnavailableError) and error.code in SLOW_CODES):
             # What failed at once costs little to ask again.
             return
+        now = self._clock.monotonic()
         with self._lock:
-            end = self._clock.monotonic() + seconds
-            self._resting[endpoint.key] = max(end, self._resting.get(endpoint.key, end))
+            last = self._rests.get(endpoint.key, _Rest(now - LONGEST_REST_SECONDS, 0.0))
+            if is_wrong:
+                seconds = LONGEST_REST_SECONDS
+            elif last.end > now:
+                # Another thread waited for the same silence.
+                return
+            elif now - last.end < LONGEST_REST_SECONDS:
+                seconds = min(2 * last.seconds, LONGEST_REST_SECONDS)
+            else:
+                seconds = REST_SECONDS
+            self._rests[endpoint.key] = _Rest(now + seconds, seconds)
 
     def is_resting(self, endpoint: Endpoint) -> bool:
         """Return whether ``endpoint`` failed lately."""
         with self._lock:
-            return self._resting.get(endpoint.key, 0.0) > self._clock.monotonic()
+            rest = self._rests.get(endpoint.key)
+            return rest is not None and rest.end > self._clock.monotonic()
 
     def _configured(self, reference: Reference) -> tuple[Endpoint, ...]:
         entry = self._entry(reference)

@@ -165,6 +165,8 @@ def _certificates(place: Path) -> Connection:
 def _host(file: str, place: Path, url: str, fields: Any) -> Host:
     if not isinstance(fields, dict):
         raise UsageError(file, f"host {url!r} must be a table")
+    # First, because a URL may only be shown when there is no login in it.
+    parts = _split(file, url, _flag(file, "a host", "override_path", fields)) if url else None
     about = f"host {url!r}" if url else "the file"
     capabilities = frozenset(word.lower() for word in _strings(file, about, "capabilities", fields))
     if unknown := capabilities - ALL:
@@ -177,12 +179,10 @@ def _host(file: str, place: Path, url: str, fields: Any) -> Host:
         proxy=_proxy(file, about, fields),
     )
     headers = _headers(file, about, fields.get("header", {}))
-    override = _flag(file, about, "override_path", fields)
-    if not url:
+    if parts is None:
         # The registry itself: as in containerd it can do everything, at the usual path.
         return Host(connection=connection, headers=headers)
-    scheme, address, path = _split(file, url, override)
-    return Host(scheme, address, path, capabilities or ALL, connection, headers)
+    return Host(*parts, capabilities or ALL, connection, headers)
 
 
 def _split(file: str, url: str, override: bool) -> tuple[str, str, str]:

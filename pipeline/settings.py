@@ -109,6 +109,13 @@ _CHOICES = {
     "engine": ("auto", "local", "ray"),
     "resolve.policy": ("newer", "missing", "always", "never"),
 }
+# Paths, made absolute at once: who uses them may work in another directory.
+_PATHS = frozenset(
+    f"registry.{name}"
+    for name in ("authfile", "hosts_dir", "registries_conf", "policy_file", "ca_file")
+)
+# What stands for the usual places of other tools.
+SYSTEM = "system"
 # Command-line options that live in a section.
 _PLACES = {
     "platform": "resolve",
@@ -180,6 +187,8 @@ def _coerce(key: str, value: Any, default: Any, origin: str) -> Any:
         raise UsageError(origin, f"{key} must be of type {type(default).__name__}")
     if isinstance(value, int | float) and value < 0:
         raise UsageError(origin, f"{key} must not be negative")
+    if key in _PATHS and value not in ("", SYSTEM):
+        return str(Path(value).expanduser().absolute())
     if key in _CHOICES and value not in _CHOICES[key]:
         raise UsageError(origin, f"{key} must be one of {', '.join(_CHOICES[key])}")
     return value

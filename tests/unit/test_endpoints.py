@@ -273,6 +273,26 @@ def test_how_long_a_mirror_rests(setup: Setup, error: Exception, seconds: int) -
     assert order() == ["a.io", "b.io", "r.io"]
 
 
+def test_who_is_silent_again_rests_longer(setup: Setup) -> None:
+    setup.hosts("r.io", '[host."https://a.io"]')
+    endpoints = setup.endpoints()
+    mirror, _ = endpoints.find(Reference.parse("r.io/x"), "pull")
+
+    def rested() -> float:
+        begun = setup.now
+        while endpoints.is_resting(mirror):
+            setup.now += 1
+        return setup.now - begun
+
+    for expected in (30, 60, 120, 240, 480, 900, 900):
+        for _ in range(6):
+            endpoints.blame(mirror, unavailable("TIMEOUT"))
+        assert rested() == expected
+    setup.now += 900
+    endpoints.blame(mirror, unavailable("TIMEOUT"))
+    assert rested() == 30, "that was long ago"
+
+
 def test_the_registry_itself_never_rests(setup: Setup) -> None:
     endpoints = setup.endpoints()
     (home,) = endpoints.find(Reference.parse("r.io/x"), "pull")

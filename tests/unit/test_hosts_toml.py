@@ -155,9 +155,10 @@ def test_what_cannot_be_understood_is_named(text: str, named: str) -> None:
     assert str(PLACE) in str(caught.value)
 
 
-def test_a_login_in_a_url_is_refused_and_not_shown() -> None:
+@pytest.mark.parametrize("line", ["", "ca = 1", "override_path = 1"])
+def test_a_login_in_a_url_is_refused_and_not_shown(line: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse('[host."https://user:sesame@m"]')
+        parse(f'[host."https://user:sesame@m"]\n{line}')
     assert "sesame" not in str(caught.value)
 
 

@@ -70,6 +70,20 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     assert settings.resolve.platform == "linux/arm64"
 
 
+def test_paths_hold_in_any_directory(tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(
+        "[registry]\nca_file = 'ca.pem'\npolicy_file = 'system'\nregistries_conf = '~/r.conf'\n"
+    )
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.chdir(tmp_path)
+    registry = load_settings(config=str(file), overrides={"hosts_dir": "hosts"}).registry
+    assert registry.ca_file == str(tmp_path / "ca.pem")
+    assert registry.hosts_dir == str(tmp_path / "hosts")
+    assert registry.registries_conf == "/home/me/r.conf"
+    assert (registry.policy_file, registry.authfile) == ("system", "")
+
+
 def test_the_store_path_takes_the_node_name_and_the_environment(monkeypatch) -> None:
     assert Settings(store="/s/{node}", node="n7").store_path() == Path("/s/n7")
     monkeypatch.setenv("STOWRAY_STORE", "/e")
