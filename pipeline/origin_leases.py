@@ -161,11 +161,10 @@ class OriginLeases:
         if not 0 <= start < stop:
             raise UsageError(key, f"no bytes from {start} to {stop} of {size}")
         now = self._now()
+        if slow and node not in book.slow:
+            _inherit(book, node, start, slow)
         part = book.at(start)
         if part.holder and part.until > now and part.holder != node:
-            if part.holder in slow and not part.heir and not {part.holder, node} & book.slow:
-                book.slow.add(part.holder)
-                part.heir = node
             return Elsewhere((part.holder,), part.end, True, part.until - now)
         helpful = tuple(owner for owner in part.owners if owner != node and owner not in failed)
         if helpful and not part.holder:
@@ -299,6 +298,15 @@ def _give(part: _Range, node: str) -> None:
     owners = part.owners if node in part.owners else (*part.owners, node)
     part.holder, part.until, part.heir = "", 0.0, ""
     part.owners = owners[-_OWNER_LIMIT:]
+
+
+def _inherit(book: _Book, node: str, start: int, slow: Collection[str]) -> None:
+    """Make ``node`` the heir of what slow holders still have to read from ``start`` on."""
+    for part in book.ranges:
+        eligible = part.holder in slow and part.holder not in book.slow
+        if eligible and not part.heir and part.end > start:
+            part.heir = node
+    book.slow.update(part.holder for part in book.ranges if part.heir)
 
 
 def _strike(book: _Book, node: str) -> None:

@@ -39,9 +39,9 @@ class Patience:
     silence: float = 1.0
     answer: float = 1.0
     slow: float = 2.0
-    slow_fraction: float = 0.3
+    slow_fraction: float = 0.5
     least_rate: float = 1024.0
-    starved: float = 6.0
+    starved: float = 4.0
     avoid: float = 5.0
     tries: int = 6
 
@@ -178,7 +178,7 @@ class SourceChoice:
         "_asked",
         "_elsewhere",
         "_heard",
-        "_lease_end",
+        "_limit",
         "_origin_failures",
         "_origin_from",
         "_patience",
@@ -223,7 +223,7 @@ class SourceChoice:
         self._window_position = position
         self._slow = patience.slow
         self._pause_until = 0.0
-        self._lease_end = 0
+        self._limit = length
         self._waits_for_lease = False
         self._origin_from = 0.0
         self._origin_failures = 0
@@ -274,11 +274,11 @@ class SourceChoice:
         """Take note of bytes from the present source."""
         self.position += count
         self._heard = now
-        self._asked = self._starved_since = 0.0
+        self._asked = 0.0
         if self.source == ORIGIN:
             self._origin_failures = 0
-            if self._lease_end <= self.position < self.length:
-                return self._next(now)
+        if self._limit <= self.position < self.length:
+            return self._next(now)
         return None
 
     def failed(self, now: float, reason: str) -> Action:
@@ -333,6 +333,7 @@ class SourceChoice:
             if rate < max(expected * patience.slow_fraction, patience.least_rate):
                 return self._probe(now)
             self._turn_window(now)
+            self._starved_since = 0.0
             self._slow = patience.slow
             self._standing.forgive(self.source)
         return None
@@ -347,24 +348,36 @@ class SourceChoice:
             self._starved_since = self._starved_since or now
             self._turn_window(now)
             return None
-        # Each time that it was no use, wait longer: perhaps it is this node that is slow.
-        self._slow *= 2
+        # If that is no use, look longer the next time: perhaps it is this node that is slow.
+        self._slow = 2 * self._patience.slow
         detail = "has more than it sends" if have > self.position else "receives slowly"
         return self._leave(now, _SLOW, detail)
 
     def granted(self, now: float, end: int) -> Action:
         """Read from the origin up to ``end``."""
         self._waits_for_lease = False
-        self._lease_end = end
-        return self._take(now, ORIGIN)
+        fetch = self._take(now, ORIGIN)
+        self._limit = end
+        return fetch
 
-    def elsewhere(self, now: float, nodes: Sequence[str], seconds: float) -> Action:
-        """Get the bytes from one of ``nodes``; ask again after ``seconds`` if they do not help."""
+    def elsewhere(
+        self, now: float, nodes: Sequence[str], end: int, seconds: float, *, reading: bool
+    ) -> Action:
+        """Get the bytes up to ``end`` from ``nodes``, who are still ``reading`` or have them.
+
+        If that does not help, ask again after ``seconds``. From a slow one, bytes that it has are
+        better than none.
+        """
         self._waits_for_lease = False
         self._elsewhere = tuple(nodes)
         for node in nodes:
             if self._standing.usable_from(node) <= now:
                 return self._take(now, node)
+        for node in () if reading else nodes:
+            if not self._standing.has_failed(node):
+                fetch = self._take(now, node)
+                self._limit = end
+                return fetch
         return self._pause(now, seconds)
 
     def later(self, now: float, seconds: float) -> Action:
@@ -397,6 +410,7 @@ class SourceChoice:
 
     def _take(self, now: float, source: str) -> Fetch:
         self.source = source
+        self._limit = self.length
         self._asked = self._starved_since = self._answered = 0.0
         self._heard = now
         self._turn_window(now)
