@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stowray.actors import environment, processes
+from stowray.actors.headwatch import connects
 from stowray.actors.scratch import scratch_directory, write_token
 from stowray.pipeline.errors import DeadlineError, NodeError
 
@@ -33,6 +34,7 @@ ATTACH_SECONDS = 15.0
 CONNECT_SECONDS = 5.0
 END_SECONDS = 5.0
 SHUTDOWN_SECONDS = 10.0
+DEAD_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,10 +63,10 @@ def embedded_ray(*, num_cpus: int | None = None) -> Iterator[RayAddress]:
                 raise NodeError("embedded Ray", "this process is connected to another Ray already")
             keeper = _Keeper(directory, num_cpus)
             try:
-                node_id, gcs_address = keeper.start()
-                yield RayAddress(gcs_address, node_id, is_own=True, token_path=token_path)
+                node_id = keeper.start()
+                yield RayAddress(keeper.address, node_id, is_own=True, token_path=token_path)
             finally:
-                _stop(directory, is_connected=keeper.is_started)
+                _stop(directory, keeper.address)
                 keeper.end()
 
 
@@ -87,11 +89,12 @@ def attached_ray(
         if ray.is_initialized():
             raise NodeError(address, "this process is connected to another Ray already")
         _attach(address, seconds)
+        gcs_address = ""
         try:
             node_id, gcs_address = _here()
             yield RayAddress(gcs_address, node_id, is_own=False, token_path=token_path)
         finally:
-            _shut_down()
+            _shut_down(gcs_address)
 
 
 @contextmanager
@@ -128,22 +131,19 @@ class _Keeper:
         self._ready = threading.Event()
         self._over = threading.Event()
         self._failures: list[BaseException] = []
+        self.address = ""
         self._thread = threading.Thread(target=self._keep, name="ray-keeper", daemon=True)
 
-    @property
-    def is_started(self) -> bool:
-        """Return whether Ray came up."""
-        return self._ready.is_set() and not self._failures
-
-    def start(self) -> tuple[str, str]:
-        """Start Ray and return the node's ID and the head's address."""
+    def start(self) -> str:
+        """Start Ray and return the node's ID; ``address`` is the head's from then on."""
         self._thread.start()
         if not self._ready.wait(START_SECONDS):
             raise DeadlineError("starting an embedded Ray", START_SECONDS)
         if self._failures:
             reason = f"did not start: {_one_line(self._failures[0])}"
             raise NodeError("embedded Ray", reason) from self._failures[0]
-        return _here()
+        node_id, self.address = _here()
+        return node_id
 
     def end(self) -> None:
         """Let the thread end."""
@@ -170,28 +170,28 @@ class _Keeper:
         self._over.wait()
 
 
-def _stop(directory: Path, *, is_connected: bool) -> None:
+def _stop(directory: Path, address: str) -> None:
     started = started_below(directory)
+    in_order = False
     try:
-        if is_connected:
-            _shut_down()
-        else:
-            # ray.shutdown would wait for a ray.init that is still under way.
-            processes.end(started, grace_seconds=0.0)
+        if address:
+            in_order = _shut_down(address)
+        # Otherwise ray.init may be under way yet, and ray.shutdown would wait for it.
     finally:
-        for process in processes.wait_gone(started, END_SECONDS):
+        for process in processes.wait_gone(started, END_SECONDS if in_order else 0.0):
             process.send(signal.SIGKILL)
         processes.wait_gone(started, END_SECONDS)
 
 
-def _shut_down() -> None:
-    """Leave the Ray that this process is connected to, even one whose head no longer answers."""
+def _shut_down(address: str) -> bool:
+    """Leave the Ray that this process is connected to; return whether that ended in time."""
     import ray
 
     # In a thread of its own, because ray.shutdown waits for a dead head.
     thread = threading.Thread(target=ray.shutdown, name="ray-shutdown", daemon=True)
     thread.start()
-    thread.join(SHUTDOWN_SECONDS)
+    thread.join(SHUTDOWN_SECONDS if connects(address) else DEAD_SECONDS)
+    return not thread.is_alive()
 
 
 def started_below(directory: Path) -> list[processes.Process]:

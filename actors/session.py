@@ -327,7 +327,7 @@ def _launch(settings: Settings, folder: Path, seconds: float) -> None:
         # Not waited for yet, so that the number is still its own.
         started = Process.find(host.pid)
         if started is not None:
-            processes.end([started, *processes.descendants(host.pid)], grace_seconds=STOP_SECONDS)
+            processes.end([started, *processes.descendants(host.pid)], grace_seconds=1.0)
         host.wait()
         raise
     if not answer.get("ready"):

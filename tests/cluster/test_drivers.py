@@ -18,6 +18,7 @@ from stowray.actors import processes, scratch, session
 from stowray.actors.embedded import started_below
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import LocalEngine, PullOptions
+from stowray.pipeline.errors import DeadlineError
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.settings import Settings
 from stowray.pipeline.source import parse_source
@@ -114,7 +115,7 @@ def add_slow(registry: FakeRegistry) -> tuple[str, str]:
     """Add an image whose one layer takes long; return its reference and its blob's path."""
     registry.add_image("a/b", "1", [archive(directory("d"), file("d/f", os.urandom(2 << 20)))])
     (blob,) = [digest for digest, data in registry.blobs.items() if len(data) > 1 << 20]
-    registry.fault(f"/blobs/{blob}", Fault(trickle=(16 * 1024, 0.2)))
+    registry.fault(f"/blobs/{blob}", Fault(trickle=(16 * 1024, 0.3)))
     return f"{registry.host}/a/b:1", f"/blobs/{blob}"
 
 
@@ -187,6 +188,29 @@ def test_a_killed_driver_takes_its_ray_along_and_the_folder_is_swept(
     resume(here / "store", reference)
 
 
+@pytest.mark.slow
+def test_a_dead_head_ends_the_driver_with_a_sentence(
+    drive: Callable[..., Driver],
+    here: Path,
+    temporary: Path,
+    registry: FakeRegistry,
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    reference, _ = add_slow(registry)
+    driver = drive("ray", str(here / "store"), reference)
+    assert driver.line() == "connected True"
+    until(lambda: partial(here / "store") > 64 * 1024 or driver.process.poll() is not None)
+    below = driver.below()
+    (head,) = [process for process in below if process.name == "gcs_server"]
+    head.send(signal.SIGKILL)
+    # Ray itself would end the program after 60 s, without an exception and without this line.
+    assert driver.line().startswith("NodeError")
+    assert driver.line() == "handlers kept True"
+    assert driver.process.wait() == 6
+    assert [process for process in below if process.is_alive] == []
+    assert list(temporary.glob(f"{scratch.PREFIX}*")) == []
+
+
 @pytest.fixture
 def own_session(
     here: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
@@ -239,6 +263,19 @@ def test_a_session_serves_commands_and_is_ended_by_pid(
     assert [process for process in everything if process.is_alive] == []
     assert not Path(own_session.directory).exists()
     assert session.find_session(session.state_folder()) is None
+
+
+def test_a_session_that_is_not_up_in_time_leaves_nothing(
+    here: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(here))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    before = processes.descendants(os.getpid())
+    with pytest.raises(DeadlineError, match="starting the session"):
+        session.start(Settings(), seconds=2.0)
+    assert session.status(Settings()).state == "none"
+    after = processes.descendants(os.getpid())
+    assert [process for process in after if process not in before] == []
 
 
 def test_a_session_whose_host_was_killed_is_dead_and_can_be_replaced(

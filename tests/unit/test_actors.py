@@ -3,20 +3,26 @@
 # ruff: noqa: TID251 - the ban on the actors is for pipeline/
 from __future__ import annotations
 
+import platform
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
+import msgpack
 import pytest
 
-from stowray.actors import environment, frames
+import stowray
+from stowray.actors import environment, foreign, frames, wire
 from stowray.actors.headwatch import LOOK_SECONDS, PATIENCE_SECONDS, HeadWatch
 from stowray.actors.pool import Pool
 from stowray.actors.progress import Board
 from stowray.actors.tasks import EARLY_LIMIT, Tasks
 from stowray.pipeline.clock import Clock
+from stowray.pipeline.engine import PullOptions
 from stowray.pipeline.errors import NodeError
+from stowray.pipeline.platform import Platform
 from stowray.pipeline.progress import Event
+from stowray.pipeline.settings import RegistrySettings, Settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -258,3 +264,48 @@ def test_settings_of_the_environment_are_restored(monkeypatch: pytest.MonkeyPatc
         assert os.environ["STOWRAY_TEST_B"] == "2"
     assert os.environ["STOWRAY_TEST_A"] == "1"
     assert "STOWRAY_TEST_B" not in os.environ
+
+
+LIKE = foreign.NodeReport(
+    "id", "10.0.0.1", version=stowray.__version__, python=platform.python_version(), uid=0
+)
+
+
+@pytest.mark.parametrize(
+    ("report", "complaint"),
+    [
+        pytest.param(replace(LIKE, version=""), "10.0.0.1 has no stowray", id="missing"),
+        pytest.param(
+            replace(LIKE, version="0.0.1"), "10.0.0.1 has stowray 0.0.1", id="another version"
+        ),
+        pytest.param(replace(LIKE, python="3.9.1"), "10.0.0.1 has Python 3.9.1", id="python"),
+        pytest.param(
+            replace(LIKE, error="no end after 60 s"), "10.0.0.1 does not answer", id="silent"
+        ),
+    ],
+)
+def test_a_node_that_cannot_take_our_actors_is_named_in_one_sentence(
+    report: foreign.NodeReport, complaint: str
+) -> None:
+    foreign.require_like([LIKE])
+    with pytest.raises(NodeError) as caught:
+        foreign.require_like([LIKE, report, replace(report, address="10.0.0.2")])
+    assert complaint in str(caught.value)
+    assert "10.0.0.2" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_environment_that_travels_is_what_reaches_registries() -> None:
+    kept = wire.origin_environment(
+        {"HOME": "/root", "https_proxy": "http://p", "DOCKER_CONFIG": "/d", "MY_SECRET": "x"}
+    )
+    assert kept == {"HOME": "/root", "https_proxy": "http://p", "DOCKER_CONFIG": "/d"}
+
+
+def test_settings_and_options_come_back_as_they_went() -> None:
+    settings = Settings(store="/s", registry=RegistrySettings(plain_http=("a:1",)))
+    travelled = msgpack.unpackb(msgpack.packb(wire.settings_to_dict(settings)), use_list=False)
+    assert wire.settings_from_dict(travelled) == settings
+    options = PullOptions(platform=Platform.parse("linux/arm/v7"), policy="never", unpack=False)
+    travelled = msgpack.unpackb(msgpack.packb(wire.options_to_dict(options)), use_list=False)
+    assert wire.options_from_dict(travelled) == options
