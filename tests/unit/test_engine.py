@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 
 import pytest
 
@@ -81,7 +82,9 @@ def test_cancelling_keeps_what_came_and_the_next_pull_goes_on(tmp_path) -> None:
         size = len(layer)
         stop = threading.Event()
         registry.fault("/blobs/", Fault(), Fault(stall=size // 2))
-        threading.Thread(target=lambda: (wait_for_half(engine, size), stop.set())).start()
+        threading.Thread(
+            target=lambda: (wait_for_part(engine, size), stop.set()), daemon=True
+        ).start()
         with pytest.raises(CancelledError):
             engine.pull(reference_of(registry), PullOptions(), stop.is_set)
         registry.clear_faults()
@@ -89,8 +92,9 @@ def test_cancelling_keeps_what_came_and_the_next_pull_goes_on(tmp_path) -> None:
         assert 0 < result.layers[0].fetched_bytes < size - size // 4
 
 
-def wait_for_half(engine, size: int) -> None:
-    while True:
+def wait_for_part(engine, size: int) -> None:
+    give_up = time.monotonic() + 60
+    while time.monotonic() < give_up:
         for event in engine.progress.events():
             if event.kind == "blob" and event.total == size and event.current >= size // 4:
                 return
