@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Operation = Literal["resolve", "pull"]
 
+# Changed files count without a new start, as with the tools that own them.
+FRESH_SECONDS = 5.0
 # The first rest; each that follows soon after is twice as long, up to the longest.
 REST_SECONDS = 30.0
 # Codes of errors that took their time.
@@ -48,7 +50,7 @@ class _Rest:
 
 
 class Endpoints:
-    """Answers from files that are read once, when the first reference asks; thread-safe."""
+    """Answers from files that are read when they are needed, and again soon; thread-safe."""
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class Endpoints:
         self._environment = environment
         self._clock = clock
         self._lock = threading.Lock()
+        self._fresh_until = 0.0
         self._hosts: dict[str, Hosts | None] = {}
         self._certificates: dict[str, Connection] = {}
         self._conf: RegistriesConf | None = None
@@ -117,6 +120,13 @@ class Endpoints:
             return rest is not None and rest.end > self._clock.monotonic()
 
     def _configured(self, reference: Reference) -> tuple[Endpoint, ...]:
+        now = self._clock.monotonic()
+        with self._lock:
+            if now >= self._fresh_until:
+                self._fresh_until = now + FRESH_SECONDS
+                self._conf = None
+                self._hosts.clear()
+                self._certificates.clear()
         entry = self._entry(reference)
         if entry is not None and entry.blocked:
             raise UsageError(reference.canonical, f"blocked by {entry.file} ({entry.prefix})")

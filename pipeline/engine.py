@@ -35,7 +35,6 @@ if TYPE_CHECKING:
     from stowray.pipeline.leases import Lease
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
-    from stowray.pipeline.policy_json import Policy as ImagePolicy
     from stowray.pipeline.progress import Progress, Report
     from stowray.pipeline.registry import Registry
     from stowray.pipeline.resolve import Policy
@@ -89,7 +88,6 @@ class LocalEngine:
         self._sides: dict[str, tuple[Origin, Fetcher]] = {}
         self._resolvers: dict[str, Resolver] = {}
         self._registry: Registry | None = None
-        self._image_policy: ImagePolicy | None = None
 
     def close(self) -> None:
         """End threads, workers and connections."""
@@ -360,11 +358,8 @@ class LocalEngine:
             return
         from stowray.pipeline.policy_json import load
 
-        with self._lock:
-            policy = self._image_policy
-            if policy is None:
-                policy = self._image_policy = load(self.settings.registry.policy_file, os.environ)
-        policy.check(source)
+        # Read each time: an actor of a session lives longer than a policy may.
+        load(self.settings.registry.policy_file, os.environ).check(source)
 
     def _side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it."""

@@ -145,6 +145,23 @@ def test_capabilities_choose_by_operation(setup: Setup) -> None:
     assert hosts("resolve") == ["resolve.io", "both.io", "r.io"]
 
 
+def test_changed_files_count_soon(setup: Setup) -> None:
+    setup.hosts("r.io", '[host."https://a.io"]')
+    setup.registries('[[registry]]\nlocation = "q.io"')
+    endpoints = setup.endpoints()
+
+    def hosts(name: str) -> list[str]:
+        return [one.host for one in endpoints.find(Reference.parse(name), "pull")]
+
+    assert (hosts("r.io/x"), hosts("q.io/x")) == (["a.io", "r.io"], ["q.io"])
+    (setup.folder / "hosts" / "r.io" / "hosts.toml").write_text('[host."https://b.io"]')
+    setup.registries('[[registry]]\nlocation = "q.io"\nblocked = true')
+    setup.now += 6
+    assert hosts("r.io/x") == ["b.io", "r.io"]
+    with pytest.raises(UsageError, match="blocked"):
+        hosts("q.io/x")
+
+
 def test_nobody_may_do_it(setup: Setup) -> None:
     setup.hosts("r.io", 'server = "https://r.io"\ncapabilities = ["push"]')
     with pytest.raises(UsageError, match="capability 'pull'"):
