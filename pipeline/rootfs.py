@@ -2,7 +2,8 @@
 
 Invariant: modes, owners (as root), times, extended attributes, hard links, devices and holes are
 those of the image, and nothing written to the result reaches the store; except with
-``link="hardlink"``: its files *are* those of the store, so that such a result is read-only.
+``link="hardlink"``: its files *are* those of the store, so that such a result is read-only. What a
+plain user may not give away says in an attribute whose it is, where it can hold one.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Self
 
 from stowray.pipeline import file_content
+from stowray.pipeline.entry_list import OWNER
 from stowray.pipeline.errors import CancelledError, StorageError, escape
 from stowray.pipeline.files import storage_error
 from stowray.pipeline.open_directories import OpenDirectories
 from stowray.pipeline.overlay import ChainView
+from stowray.pipeline.owner_attribute import NAME, owner_attribute
 from stowray.pipeline.tree_destination import building, check_destination
 from stowray.pipeline.tree_ops import (
     CREATE_FILE,
@@ -240,7 +243,7 @@ class _Copier:
     def finish_directory(self, node: Node) -> None:
         descriptor = self._directories.get(node.path)
         mode = self._chown(node, descriptor) if self._may_chown else node.mode
-        self._xattrs(node, descriptor)
+        self._set(node, descriptor, self._attributes(node))
         os.fchmod(descriptor, mode)
         os.utime(descriptor, ns=(node.mtime_ns, node.mtime_ns))
 
@@ -291,7 +294,7 @@ class _Copier:
         mode = node.mode
         if self._may_chown and (node.uid, node.gid) != self._identity:
             mode = self._chown(node, parent, name)
-        self._xattrs(node, name_path(parent, name))
+        self._set(node, name_path(parent, name), self._attributes(node))
         if not node.is_symlink:
             set_mode(parent, name, mode)
         set_times(parent, name, node.mtime_ns)
@@ -301,6 +304,8 @@ class _Copier:
         if stat.S_IMODE(status.st_mode) != node.mode or not stat.S_ISREG(status.st_mode):
             # A plain user's store keeps some modes apart: a link would show the wrong one, and
             # setting it would change the store.
+            return False
+        if self._owner_is_named(node):
             return False
         try:
             os.link(f"/proc/self/fd/{source}", name, dst_dir_fd=parent, follow_symlinks=True)
@@ -317,8 +322,12 @@ class _Copier:
         return True
 
     def _copy(self, node: Node, source: int, parent: int, name: bytes) -> None:
+        attributes: dict[bytes, bytes] = {}
+        if not self._view.privileged or os.listxattr(source):
+            attributes = self._attributes(node)
         mode = node.mode
-        exact = not mode & self._umask
+        # An owner who may not write the file may not set user.* attributes on it either.
+        exact = not attributes and not mode & self._umask
         target = os.open(name, CREATE_FILE, mode if exact else 0o600, dir_fd=parent)
         try:
             if node.size:
@@ -326,8 +335,7 @@ class _Copier:
                 self._contents(node, source, target)
             if self._may_chown and (node.uid, node.gid) != self._identity:
                 mode = self._chown(node, target)
-            if not self._view.privileged or os.listxattr(source):
-                self._xattrs(node, target)
+            self._set(node, target, attributes)
             if not exact:
                 os.fchmod(target, mode)
             os.utime(target, ns=(node.mtime_ns, node.mtime_ns))
@@ -363,8 +371,20 @@ class _Copier:
             return node.mode & ~(stat.S_ISUID | stat.S_ISGID)
         return node.mode
 
-    def _xattrs(self, node: Node, target: int | bytes) -> None:
-        for key, error in set_xattrs(target, self._view.xattrs(node)):
+    def _owner_is_named(self, node: Node) -> bool:
+        """Return whether the entry needs the attribute that names its owner, and can hold it."""
+        if self._may_chown or (node.uid, node.gid) == OWNER:
+            return False
+        return node.is_file or node.is_directory
+
+    def _attributes(self, node: Node) -> dict[bytes, bytes]:
+        attributes = self._view.xattrs(node)
+        if self._owner_is_named(node):
+            attributes[NAME] = owner_attribute(node.uid, node.gid)
+        return attributes
+
+    def _set(self, node: Node, target: int | bytes, attributes: dict[bytes, bytes]) -> None:
+        for key, error in set_xattrs(target, attributes):
             if error.errno not in _NO_XATTR:
                 raise error
             self.result.skipped.append(f"{escape(node.path)}: {escape(key)}")

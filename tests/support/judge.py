@@ -47,13 +47,22 @@ class Node:
 
 
 def read_tree(
-    root: Path, *, kept_xattrs: tuple[str, ...] = ("user.", "security.")
+    root: Path, *, kept_xattrs: tuple[str, ...] = ("user.", "security."), ghosts: bool = False
 ) -> dict[bytes, Node]:
-    """Read every name below `root`, the root itself as ``b"."``."""
+    """Read every name below `root`, the root itself as ``b"."``.
+
+    With `ghosts` names may be listed and not be there: overlayfs lists the whiteouts of a directory
+    that only one layer has, unless it is told to look closer, which not every tool does.
+    """
     groups: dict[tuple[int, int], list[bytes]] = {}
     found: list[tuple[bytes, bytes, os.stat_result]] = []
     for name, path in _walk(os.fsencode(root)):
-        status = os.lstat(path)
+        try:
+            status = os.lstat(path)
+        except FileNotFoundError:
+            if ghosts:
+                continue
+            raise
         found.append((name, path, status))
         if not stat.S_ISDIR(status.st_mode):
             groups.setdefault((status.st_dev, status.st_ino), []).append(name)

@@ -76,7 +76,8 @@ class Containerd:
 
 
 @contextlib.contextmanager
-def containerd(root: Path) -> Iterator[Containerd]:
+def containerd(root: Path, settings: str = "") -> Iterator[Containerd]:
+    """Run one, with more `settings` (TOML) if they are given."""
     root.mkdir()
     instance = Containerd(root)
     config = root / "config.toml"
@@ -90,6 +91,7 @@ disabled_plugins = [{unwanted}]
 address = "{instance.address}"
 [ttrpc]
 address = "{root}/ttrpc.sock"
+{settings}
 """
     )
     with (root / "log").open("wb") as log:

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,9 +22,10 @@ from stowray.pipeline.store import Store
 from tests.support import entries, peers
 from tests.support.chains import commit_chain
 from tests.support.images import Layout
-from tests.support.judge import assert_same_tree
+from tests.support.judge import assert_same_tree, differences, read_tree
 from tests.support.plain_user import plain_directory, run_plain
 from tests.support.tars import archive, directory, file, hardlink
+from tests.support.verdicts import umoci
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -74,6 +76,26 @@ DEVICES_ENTRIES = [
     entries.hardlink("null-again", "null"),
 ]
 DEVICES = layer(DEVICES_ENTRIES)
+OWNED_ENTRIES = [
+    entries.directory("of", 0o755, uid=1000, gid=2000),
+    entries.directory("of/closed", 0o555, uid=128),
+    entries.file("of/user", b"u", mode=0o444, uid=1000, xattrs={"user.note": b"n"}),
+    entries.file("of/group", b"g", mode=0o2755, gid=127),
+    entries.file("of/both", b"b", uid=4294967294, gid=16384, xattrs={"user.note": b"n"}),
+    entries.file("of/high", b"h", mode=0, uid=4294967294, gid=128),
+    entries.hardlink("of/high-again", "of/high"),
+    entries.file("of/root", b"r", mode=0o444, xattrs={"user.note": b"n"}),
+    entries.symlink("of/link", "user", uid=5, gid=5),
+]
+OWNED = layer(OWNED_ENTRIES)
+OWNER = "user.rootlesscontainers"
+NOT_BY_UMOCI = {
+    b"of/closed": {OWNER: bytes.fromhex("08800110ffffffff0f")},
+    b"of/user": {OWNER: bytes.fromhex("08e80710ffffffff0f"), "user.note": b"n"},
+    b"of/high": {OWNER: bytes.fromhex("08feffffff0f108001")},
+    b"of/high-again": {OWNER: bytes.fromhex("08feffffff0f108001")},
+    b"of/root": {"user.note": b"n"},
+}
 
 
 @pytest.fixture
@@ -310,6 +332,47 @@ def test_an_image_of_no_layers_is_an_empty_tree(store: Store, tmp_path: Path) ->
     write_rootfs(store, None, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
     assert stat.S_IMODE((tmp_path / "out").stat().st_mode) == 0o755
+
+
+OWNED_AS_PLAIN_USER = """
+import sys
+from pathlib import Path
+from stowray.pipeline.rootfs import write_rootfs
+from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.store import Store
+from tests.support.chains import commit_chain
+from tests.unit.test_rootfs import BASE, OWNED
+become_plain()
+work = Path(sys.argv[1])
+store = Store.open(work / "store")
+top = commit_chain(Snapshots(store), [BASE, OWNED])[-1]
+for link in ("copy", "hardlink"):
+    print(write_rootfs(store, top.chain_id, work / link, link=link).skipped)
+"""
+
+
+@pytest.mark.parametrize("link", ["copy", "hardlink"])
+@pytest.mark.peers
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user, which needs root")
+def test_a_plain_users_tree_names_owners_as_umoci_does(link: str) -> None:
+    peers.require("umoci")
+    with plain_directory() as work:
+        assert run_plain(OWNED_AS_PLAIN_USER, work) == "[]\n[]\n"
+        layout = Layout(work / "layout")
+        parts = [layout.add_layer(part) for part in (BASE_ENTRIES, OWNED_ENTRIES)]
+        layout.tag("it", layout.add_image(parts))
+        expected = umoci(layout, "it", work, rootless=True)
+        assert expected is not None
+        actual = read_tree(work / link)
+        # umoci sets modes first, and then has no right to set attributes on these.
+        for name, attributes in NOT_BY_UMOCI.items():
+            assert dict(actual[name].xattrs) == attributes
+            assert expected[name].xattrs == ()
+            actual[name] = replace(actual[name], xattrs=())
+        assert differences(actual, expected) == []
+        for name in (b"of/group", b"of/both"):
+            assert actual[name].xattrs
 
 
 PLAIN = """
