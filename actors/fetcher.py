@@ -16,6 +16,7 @@ from stowray.actors.engines import Engines
 from stowray.actors.reporting import task_report
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.descriptor import Descriptor
+from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.source import source_from_dict
 
 
@@ -25,6 +26,7 @@ class FetchActor:
     def __init__(self) -> None:
         self._tasks = Tasks()
         self._engines = Engines()
+        raise_descriptor_limit()
 
     @ray.method(concurrency_group="work")
     def run(self, task: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from stowray.actors.tasks import Tasks
 from stowray.actors.wire import options_from_dict, settings_from_dict
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StowrayError, to_wire
+from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import document_digests
@@ -47,6 +48,7 @@ class NodeActor:
 
     def __init__(self, node: str, unpackers: int, stays: bool) -> None:
         self._stores = Stores()
+        raise_descriptor_limit()
         self._node = node
         self._tasks = Tasks()
         self._runs: dict[str, Progress] = {}

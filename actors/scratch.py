@@ -12,6 +12,7 @@ import secrets
 import shutil
 import stat
 import tempfile
+import time
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,8 @@ PREFIX = "stowray-ray-"
 # unix(7): 108 bytes for a socket's path; Ray puts up to 66 of its own behind the folder's.
 _LONGEST = 40
 _TRIES = 8
+_REMOVALS = 20
+_REMOVAL_SECONDS = 0.05
 
 
 @contextmanager
@@ -36,8 +39,7 @@ def scratch_directory() -> Iterator[Path]:
     try:
         yield directory
     finally:
-        # Ray's last processes may still write a log line: what then is left is swept next time.
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         os.close(lock)
 
 
@@ -74,11 +76,33 @@ def sweep(parent: Path) -> list[Path]:
         except OSError:
             continue
         else:
-            shutil.rmtree(directory, ignore_errors=True)
-            removed.append(directory)
+            if _remove(directory):
+                removed.append(directory)
         finally:
             os.close(lock)
     return removed
+
+
+def _remove(directory: Path) -> bool:
+    """Remove the folder, its lock file last: what cannot be removed now is swept another time."""
+    lock = directory / "lock"
+    for _ in range(_REMOVALS):
+        # Ray's last thread may still write a log file while the others are being removed.
+        try:
+            for entry in [entry for entry in directory.iterdir() if entry != lock]:
+                if entry.is_dir() and not entry.is_symlink():
+                    shutil.rmtree(entry, ignore_errors=True)
+                else:
+                    entry.unlink(missing_ok=True)
+            if list(directory.iterdir()) == [lock]:
+                lock.unlink(missing_ok=True)
+                directory.rmdir()
+                return True
+        except OSError:
+            if not directory.exists():
+                return True
+        time.sleep(_REMOVAL_SECONDS)
+    return False
 
 
 def _make(parent: Path) -> tuple[Path, int]:

@@ -16,6 +16,7 @@ import ray
 from stowray.actors.reporting import task_report
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.errors import StorageError
+from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.layer_tasks import LayerTasks
 
 SWITCH_SECONDS = 0.0005
@@ -27,9 +28,9 @@ class UnpackActor:
     def __init__(self) -> None:
         self._tasks = Tasks()
         self._layers = LayerTasks()
-        # As in a local worker: the process is ours alone, so modes are given exactly at creation,
-        # and the inflating threads get the interpreter lock back quickly after each chunk.
-        os.umask(0)
+        raise_descriptor_limit()
+        # As in a local worker the inflating threads get the interpreter lock back quickly. The
+        # umask stays: Ray's own log files, perhaps of somebody's cluster, are made with it.
         sys.setswitchinterval(SWITCH_SECONDS)
 
     @ray.method(concurrency_group="work")

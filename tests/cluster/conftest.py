@@ -25,21 +25,12 @@ if TYPE_CHECKING:
     from stowray.actors.embedded import RayAddress
 
 HERE = Path(__file__).parent
-# What Ray itself does, and nothing can be done about from outside.
-RAY_WARNINGS = (
-    # Its log files are closed by the interpreter's end only.
-    "ignore:unclosed file <_io:ResourceWarning",
-    # ray.init leaves the processes that it started to be reaped by ray.shutdown.
-    "ignore:subprocess \\d+ is still running:ResourceWarning",
-)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.cluster)
-            for warning in RAY_WARNINGS:
-                item.add_marker(pytest.mark.filterwarnings(warning))
 
 
 @pytest.fixture(scope="session")

@@ -47,7 +47,9 @@ def workers(found: list[Process]) -> list[Process]:
 class Driver:
     """One driver process, and all that runs below it."""
 
-    def __init__(self, *arguments: str, cwd: Path, temporary: Path) -> None:
+    def __init__(
+        self, *arguments: str, cwd: Path, temporary: Path, variables: dict[str, str]
+    ) -> None:
         dropped = ("RAY_", "XDG_")
         kept = {name: v for name, v in os.environ.items() if not name.startswith(dropped)}
         self.process = subprocess.Popen(
@@ -60,6 +62,7 @@ class Driver:
                 "PYTHONPATH": str(ROOT),
                 "TMPDIR": str(temporary),
                 "XDG_RUNTIME_DIR": str(cwd),
+                **variables,
             },
             start_new_session=True,
         )
@@ -100,8 +103,8 @@ def temporary() -> Iterator[Path]:
 def drive(here: Path, temporary: Path) -> Iterator[Callable[..., Driver]]:
     drivers: list[Driver] = []
 
-    def begin(*arguments: str) -> Driver:
-        drivers.append(Driver(*arguments, cwd=here, temporary=temporary))
+    def begin(*arguments: str, **variables: str) -> Driver:
+        drivers.append(Driver(*arguments, cwd=here, temporary=temporary, variables=variables))
         return drivers[-1]
 
     yield begin
@@ -338,6 +341,38 @@ def test_every_way_into_a_ray_ends(
     )
     assert done.stdout.startswith(expected), done.stderr
     assert started_below(ray_address.token_path.parent), "the Ray that was there has ended"
+
+
+def test_a_cluster_of_somebody_else_is_used_and_left_as_it_was(
+    ray_address: RayAddress,
+    drive: Callable[..., Driver],
+    here: Path,
+    registry: FakeRegistry,
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    assert ray_address.token_path is not None
+    folder = ray_address.token_path.parent
+
+    def crews() -> int:
+        return [process.name for process in started_below(folder)].count("ray::NodeActor")
+
+    registry.add_image("a/b", "1", [archive(file("f", b"x"))])
+    before = crews()
+    driver = drive(
+        "ray",
+        str(here / "store"),
+        f"{registry.host}/a/b:1",
+        # What the owner of a cluster tells its users to set.
+        RAY_ADDRESS=ray_address.address,
+        RAY_AUTH_MODE="token",
+        RAY_AUTH_TOKEN_PATH=str(ray_address.token_path),
+        RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER="0",
+    )
+    assert driver.line() == "connected True"
+    assert driver.line().startswith("ray ")
+    assert driver.line() == "handlers kept True"
+    assert driver.process.wait() == 0
+    until(lambda: crews() == before)
 
 
 def test_a_worker_uses_the_ray_it_is_in(
