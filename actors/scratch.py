@@ -1,7 +1,7 @@
 """The private folder of a Ray of our own: short, mode 0700, and removed also after a kill.
 
 Invariant: a folder is in use as long as somebody holds the flock on its ``lock`` file; only folders
-of this user whose lock is free are swept away, whoever left them.
+of this user whose lock is free, or never was made, are swept away, whoever left them.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ PREFIX = "stowray-ray-"
 _LONGEST = 40
 _TRIES = 8
 _REMOVALS = 20
+_UNLOCKED_SECONDS = 60.0
 _REMOVAL_SECONDS = 0.05
 
 
@@ -68,8 +69,13 @@ def sweep(parent: Path) -> list[Path]:
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
                 continue
             lock = os.open(directory / "lock", os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            # Its maker has not locked it yet, which takes a moment only; or Ray, on its way out,
+            # made the folder again after it had been removed.
+            if time.time() - status.st_mtime > _UNLOCKED_SECONDS and _remove(directory):
+                removed.append(directory)
+            continue
         except OSError:
-            # Gone meanwhile, or not yet locked by its maker.
             continue
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,7 +100,7 @@ def _remove(directory: Path) -> bool:
                     shutil.rmtree(entry, ignore_errors=True)
                 else:
                     entry.unlink(missing_ok=True)
-            if list(directory.iterdir()) == [lock]:
+            if list(directory.iterdir()) in ([lock], []):
                 lock.unlink(missing_ok=True)
                 directory.rmdir()
                 return True

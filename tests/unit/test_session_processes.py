@@ -100,6 +100,9 @@ def test_the_sweep_takes_only_what_nobody_holds(tmp_path: Path) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert scratch.sweep(tmp_path) == [left]
     assert held.exists()
-    assert foreign.exists(), "a folder without a lock is not yet ours to judge"
+    assert foreign.exists(), "its maker may be about to lock it"
     assert outside.exists()
     assert scratch.sweep(tmp_path) == [held]
+    os.utime(foreign, (0, 0))
+    assert scratch.sweep(tmp_path) == [foreign]
+    assert outside.exists()
