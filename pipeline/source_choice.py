@@ -275,7 +275,7 @@ class SourceChoice:
         self.position += count
         self._heard = now
         self._asked = 0.0
-        if self.source == ORIGIN:
+        if self.source == ORIGIN and count:
             self._origin_failures = 0
         if self._limit <= self.position < self.length:
             return self._next(now)

@@ -1,0 +1,411 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stowray.pipeline.source_choice import (
+    ORIGIN,
+    Action,
+    AskLease,
+    Fetch,
+    GiveUp,
+    Pace,
+    Patience,
+    Pause,
+    Probe,
+    Report,
+    SourceChoice,
+    Standing,
+    Verdict,
+    find_liar,
+)
+
+PATIENCE = Patience(least_rate=10.0)
+RATE = 100.0
+SIZE = 10_000
+
+
+def choice(*sources: str, standing: Standing | None = None, size: int = SIZE) -> SourceChoice:
+    return SourceChoice(sources, size, standing or Standing(), PATIENCE)
+
+
+def flow(one: SourceChoice, start: float, seconds: int, rate: float) -> Action | None:
+    """Let bytes come evenly, with a tick each second, until something is to be done."""
+    for second in range(1, seconds + 1):
+        action = one.received(int(rate), start + second)
+        action = action or one.tick(start + second, RATE)
+        if action is not None:
+            return action
+    return None
+
+
+def test_the_parent_first_and_on_to_the_end() -> None:
+    one = choice("parent", "sibling")
+    assert one.begin(0.0) == Fetch("parent", 0)
+    assert flow(one, 0.0, 100, RATE) is None
+    assert one.done
+    assert not one.reports
+    assert one.tick(500.0, RATE) is None
+
+
+@pytest.mark.parametrize("event", ["failed", "silent"])
+def test_a_dead_parent_is_replaced_at_the_same_byte(event: str) -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    one.received(123, 0.5)
+    if event == "failed":
+        action: Action | None = one.failed(1.0, "connection reset")
+    else:
+        assert one.tick(1.4, RATE) is None
+        assert one.tick(1.5, RATE) == Probe("parent")
+        assert one.tick(2.4, RATE) is None
+        action = one.tick(2.5, RATE)
+    assert action == Fetch("sibling", 123)
+    assert [(report.source, report.kind) for report in one.reports] == [("parent", "failed")]
+
+
+def test_a_source_that_has_more_than_it_sends_is_slow() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    assert flow(one, 0.0, 5, RATE / 5) == Probe("parent")
+    position = one.position
+    assert one.told(2.1, position + 1, waiting=True) == Fetch("sibling", position)
+    assert one.reports[-1].kind == "slow"
+
+
+def test_a_source_that_receives_slowly_itself_is_slow() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    flow(one, 0.0, 5, RATE / 5)
+    assert one.told(2.1, one.position, waiting=False) == Fetch("sibling", one.position)
+
+
+def test_a_source_that_waits_is_kept_for_a_while() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    assert one.tick(1.0, RATE) == Probe("parent")
+    assert one.told(1.1, 0, waiting=True) is None
+    assert one.is_starved
+    assert one.tick(2.0, RATE) is None
+    assert one.tick(2.1, RATE) == Probe("parent")
+    assert one.told(2.2, 0, waiting=True) is None
+    assert one.tick(5.2, RATE) == Fetch("sibling", 0)
+    assert one.reports[-1].kind == "starved"
+
+
+def test_a_source_that_recovers_is_kept() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    one.tick(1.0, RATE)
+    one.told(1.1, 0, waiting=True)
+    assert flow(one, 1.1, 40, RATE) is None
+    assert one.source == "parent"
+    assert not one.is_starved
+
+
+def test_a_trickle_does_not_keep_a_waiting_source_for_ever() -> None:
+    one = choice("parent", "sibling")
+    now = 0.0
+    action: Action | None = one.begin(now)
+    while not isinstance(action, Fetch) or action.source == "parent":
+        now += 1.0
+        assert now < 20
+        action = one.received(1, now) or one.tick(now, RATE)
+        if isinstance(action, Probe):
+            action = one.told(now, one.position, waiting=True)
+    assert action == Fetch("sibling", one.position)
+
+
+def test_bytes_answer_a_probe_too() -> None:
+    one = choice("parent")
+    one.begin(0.0)
+    one.tick(1.0, RATE)
+    one.received(5, 1.5)
+    assert one.told(1.6, 99, waiting=False) is None
+    assert one.tick(1.9, RATE) is None
+
+
+def test_a_node_with_a_slow_link_blames_nobody() -> None:
+    pace = Pace()
+    expected = pace.observe([RATE / 5, RATE / 5, RATE / 5.1])
+    one = SourceChoice(["parent"], SIZE, Standing(), Patience(least_rate=1.0))
+    one.begin(0.0)
+    for second in range(1, 30):
+        assert one.received(int(RATE / 5), second) is None
+        assert one.tick(second, expected) is None
+    assert not one.reports
+
+
+def test_the_pace_is_kept_when_few_streams_are_left() -> None:
+    pace = Pace()
+    assert pace.observe([1.0, 100.0, 90.0, 2000.0]) == 100.0
+    assert pace.observe([3.0]) == 100.0
+
+
+@pytest.mark.parametrize(
+    ("silent", "rate", "waits"),
+    [
+        pytest.param(0.6, RATE, True, id="silent"),
+        pytest.param(0.0, RATE / 5, True, id="a trickle"),
+        pytest.param(0.0, RATE, False, id="at the usual pace"),
+    ],
+)
+def test_what_children_are_told(silent: float, rate: float, waits: bool) -> None:
+    one = choice("parent")
+    one.begin(0.0)
+    one.received(int(rate * 1.5), 1.5)
+    assert one.waits(1.5 + silent, RATE) is waits
+
+
+def test_who_is_done_or_has_no_source_says_so() -> None:
+    one = choice("parent", size=10)
+    assert one.waits(0.0, RATE)
+    one.begin(0.0)
+    assert not one.waits(0.1, RATE)
+    one.received(10, 1.0)
+    assert not one.waits(99.0, RATE)
+    assert not one.is_starved
+
+
+def test_a_root_reads_from_the_origin_up_to_the_end_of_its_lease() -> None:
+    one = choice()
+    assert one.begin(0.0) == AskLease(0)
+    assert one.tick(5.0, RATE) is None  # the answer is awaited
+    assert one.granted(5.0, 4000) == Fetch(ORIGIN, 0)
+    assert one.received(3999, 6.0) is None
+    assert one.tick(99.0, RATE) is None  # the registry client has its own patience
+    assert one.received(1, 99.0) == AskLease(4000)
+    assert one.later(99.0, 3.0) == Pause(102.0)
+    assert one.tick(101.0, RATE) is None
+    assert one.tick(102.0, RATE) == AskLease(4000)
+    assert one.granted(102.0, SIZE) == Fetch(ORIGIN, 4000)
+    assert one.received(SIZE - 4000, 103.0) is None
+    assert one.done
+
+
+def test_the_children_of_a_dead_root_do_not_all_go_to_the_origin() -> None:
+    first, second = choice("root"), choice("root", "first")
+    first.begin(0.0)
+    second.begin(0.0)
+    assert first.failed(1.0, "gone") == AskLease(0, failed=("root",))
+    assert second.failed(1.0, "gone") == Fetch("first", 0)
+    # The root's lease has not run out yet.
+    assert first.elsewhere(1.0, ["root"], SIZE, 2.0, reading=True) == Pause(3.0)
+    assert first.tick(3.0, RATE) == AskLease(0, failed=("root",))
+    assert first.granted(3.0, SIZE) == Fetch(ORIGIN, 0)
+
+
+def test_bytes_that_a_slow_node_has_are_taken_from_it_and_no_more() -> None:
+    one = choice("root")
+    one.begin(0.0)
+    flow(one, 0.0, 5, RATE / 5)
+    position = one.position
+    assert one.told(3.0, position, waiting=False) == AskLease(position, slow=("root",))
+    assert one.elsewhere(3.0, ["root"], position + 50, 1.0, reading=False) == Fetch(
+        "root", position
+    )
+    assert one.received(49, 4.0) is None
+    assert one.received(1, 4.1) == AskLease(position + 50, slow=("root",))
+
+
+def test_others_who_have_the_bytes_are_asked_before_the_origin() -> None:
+    one = choice("parent")
+    one.begin(0.0)
+    one.failed(1.0, "gone")
+    assert one.elsewhere(1.0, ["owner"], SIZE, 1.0, reading=False) == Fetch("owner", 0)
+    assert one.failed(2.0, "refused") == AskLease(0, failed=("parent", "owner"))
+    assert one.elsewhere(2.0, ["owner"], SIZE, 30.0, reading=False) == Pause(6.0)
+    assert one.tick(6.0, RATE) == Fetch("parent", 0)  # it may have come back
+
+
+def test_a_busy_source_is_no_reason_to_read_from_the_origin_again() -> None:
+    one = choice("parent")
+    one.begin(0.0)
+    assert one.busy(1.0, 2.0) == AskLease(0)
+    assert one.elsewhere(1.0, ["parent"], SIZE, 9.0, reading=True) == Pause(3.0)
+    assert one.tick(3.0, RATE) == Fetch("parent", 0)
+
+
+def test_a_busy_origin_is_waited_for() -> None:
+    one = choice()
+    one.begin(0.0)
+    one.granted(0.0, SIZE)
+    assert one.busy(1.0, 7.0) == Pause(8.0)
+    assert one.tick(8.0, RATE) == AskLease(0)
+
+
+def test_a_lost_lease_ends_reading() -> None:
+    one = choice()
+    one.begin(0.0)
+    one.granted(0.0, SIZE)
+    one.received(10, 1.0)
+    assert one.lease_lost(1.0) == AskLease(10)
+    assert one.elsewhere(1.0, ["heir"], SIZE, 1.0, reading=True) == Fetch("heir", 10)
+    assert one.lease_lost(2.0) is None
+
+
+def test_a_liar_is_banned_for_all_that_the_node_fetches() -> None:
+    standing = Standing()
+    one, other = choice("parent", "sibling", standing=standing), choice("parent", standing=standing)
+    one.begin(0.0)
+    one.received(500, 1.0)
+    assert one.wrong(1.0, 100, None) == Fetch("sibling", 100)
+    assert one.reports == [Report("parent", "lying", 100)]
+    assert standing.is_banned("parent")
+    assert other.begin(2.0) == AskLease(0, failed=("parent",))
+    # No time makes it good again.
+    assert standing.usable_from("parent") == float("inf")
+
+
+def test_who_passed_wrong_bytes_on_is_not_to_blame() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    one.received(500, 1.0)
+    assert one.wrong(1.0, 0, "grandparent") == Fetch("parent", 0)
+    assert one.reports[-1].source == "grandparent"
+
+
+def test_each_byte_has_its_giver() -> None:
+    one = choice("parent", "sibling")
+    assert one.source_of(0) is None
+    one.begin(0.0)
+    one.received(100, 1.0)
+    one.failed(1.0, "gone")
+    one.received(100, 2.0)
+    one.wrong(2.0, 150, "somebody")
+    assert [one.source_of(at) for at in (0, 99, 100, 149)] == ["parent"] * 2 + ["sibling"] * 2
+
+
+def test_an_origin_that_lies_or_fails_is_tried_a_few_times() -> None:
+    one = choice()
+    action = one.begin(0.0)
+    now = 0.0
+    attempts = 0
+    while not isinstance(action, GiveUp):
+        if isinstance(action, AskLease):
+            attempts += 1
+            one.granted(now, SIZE)
+            action = one.wrong(now, 0, ORIGIN) if attempts == 1 else one.failed(now, "503")
+        else:
+            assert isinstance(action, Pause)
+            now = action.until
+            after = one.tick(now, RATE)
+            assert after is not None
+            action = after
+    assert attempts == PATIENCE.tries
+    assert "origin" in action.reason
+
+
+def test_strikes_lengthen_and_are_forgiven() -> None:
+    standing = Standing(5.0)
+    standing.strike("a", 0.0, failed=True)
+    assert standing.usable_from("a") == 5.0
+    standing.strike("a", 10.0)
+    assert standing.usable_from("a") == 20.0
+    assert standing.has_failed("a")
+    assert standing.is_slow("a")
+    standing.forgive("a")
+    assert not standing.has_failed("a")
+    assert not standing.is_slow("a")
+    standing.strike("a", 30.0)
+    assert standing.usable_from("a") == 35.0
+
+
+@given(
+    events=st.lists(
+        st.tuples(
+            st.sampled_from(["bytes", "failed", "busy", "tick", "told", "wrong", "lost"]),
+            st.integers(1, 400),
+            st.booleans(),
+        ),
+        max_size=40,
+    ),
+    sources=st.lists(st.sampled_from("abcd"), unique=True, max_size=4),
+)
+@settings(max_examples=200, deadline=None)
+def test_whatever_happens_the_stripe_is_completed(
+    events: list[tuple[str, int, bool]], sources: list[str]
+) -> None:
+    one = SourceChoice(sources, 2000, Standing(), Patience(tries=10**6))
+    now = 0.0
+    lease = 0
+
+    def settle(action: Action | None) -> None:
+        nonlocal lease
+        while isinstance(action, AskLease):
+            assert action.position == one.position
+            lease = min(2000, one.position + 700)
+            action = one.granted(now, lease)
+        if isinstance(action, Fetch):
+            assert action.position == one.position
+            assert action.source == ORIGIN or not one._standing.is_banned(action.source)
+
+    settle(one.begin(now))
+    for kind, count, flag in events:
+        now += count / 100
+        if one.done:
+            break
+        if kind == "tick" or one.source is None:
+            settle(one.tick(now, 100.0))
+        elif kind == "bytes":
+            end = lease if one.source == ORIGIN else 2000
+            settle(one.received(min(count, end - one.position), now))
+        elif kind == "failed":
+            settle(one.failed(now, "broken"))
+        elif kind == "busy":
+            settle(one.busy(now, count / 100))
+        elif kind == "told":
+            settle(one.told(now, count, waiting=flag))
+        elif kind == "wrong":
+            settle(one.wrong(now, count, None if flag else "z"))
+        else:
+            settle(one.lease_lost(now))
+    for _ in range(3000):
+        if one.done:
+            break
+        now += 1.0
+        if one.source is None:
+            settle(one.tick(now, 0.0))
+        else:
+            end = lease if one.source == ORIGIN else 2000
+            settle(one.received(min(100, end - one.position), now))
+    assert one.done
+    assert all(one.source_of(at) is not None for at in range(0, 2000, 100))
+
+
+PROVEN = {8: b"1", 16: b"2", 24: b"3"}
+WRONG = {8: b"1", 16: b"x", 24: b"y"}
+
+
+@pytest.mark.parametrize(
+    ("hops", "verdict"),
+    [
+        pytest.param([("me", PROVEN), ("parent", PROVEN)], None, id="all right"),
+        pytest.param([], None, id="nobody"),
+        pytest.param([("me", WRONG)], Verdict("me", 16), id="alone"),
+        pytest.param([("me", WRONG), ("parent", PROVEN)], Verdict("me", 16), id="it is me"),
+        pytest.param(
+            [("me", WRONG), ("parent", WRONG), ("root", PROVEN)],
+            Verdict("parent", 16),
+            id="the parent",
+        ),
+        pytest.param(
+            [("me", WRONG), ("parent", WRONG), ("root", WRONG)],
+            Verdict("root", 16),
+            id="the root",
+        ),
+        pytest.param(
+            [("me", WRONG), ("parent", {8: b"1"}), ("root", WRONG)],
+            Verdict("root", 16),
+            id="one that cannot say",
+        ),
+        pytest.param(
+            [("me", {8: b"1", 12: b"?"}), ("parent", WRONG)], None, id="nothing to compare"
+        ),
+    ],
+)
+def test_the_first_hop_that_differs_is_to_blame(
+    hops: list[tuple[str, dict[int, bytes]]], verdict: Verdict | None
+) -> None:
+    assert find_liar(PROVEN, hops) == verdict
