@@ -51,6 +51,7 @@ class NodeActor:
         raise_descriptor_limit()
         self._node = node
         self._tasks = Tasks()
+        self._used = time.monotonic()
         self._runs: dict[str, Progress] = {}
         node_id = cluster.own_node_id()
         self._pools = Pools(
@@ -81,6 +82,7 @@ class NodeActor:
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "pulls": self._tasks.count(),
+            "idle_seconds": 0.0 if self._tasks.count() else time.monotonic() - self._used,
         }
 
     @ray.method(concurrency_group="control")
@@ -108,6 +110,7 @@ class NodeActor:
             reply = {"error": to_wire(error)}
         finally:
             self._runs.pop(run, None)
+            self._used = time.monotonic()
             progress.close()
             if forwarder is not None:
                 forwarder.close()

@@ -46,6 +46,8 @@ FORMAT = 1
 STATE_LIMIT = 1 << 20
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
+# A session that nobody uses must not hold its memory for ever.
+IDLE_SECONDS = 8 * 3600.0
 CONNECT_SECONDS = 1.0
 
 
@@ -201,9 +203,12 @@ def status(_settings: Settings) -> SessionStatus:
     return _status(state_folder())
 
 
-def start(settings: Settings, *, seconds: float = START_SECONDS) -> SessionStatus:
+def start(
+    settings: Settings, *, seconds: float = START_SECONDS, idle_seconds: float = IDLE_SECONDS
+) -> SessionStatus:
     """Start a session and return once its crew is warm; one that runs already is kept.
 
+    It ends by itself when it has had nothing to do for ``idle_seconds``.
     Raises NodeError when it does not come up, DeadlineError when not in time; nothing of it is
     left running then.
     """
@@ -220,7 +225,7 @@ def start(settings: Settings, *, seconds: float = START_SECONDS) -> SessionStatu
             return known
         if known.session is not None:
             _end(known.session)
-        _launch(settings, folder, seconds)
+        _launch(settings, folder, seconds, idle_seconds)
         return _status(folder)
 
 
@@ -296,7 +301,7 @@ def _end(session: Session) -> None:
     scratch.sweep(Path(session.directory).parent)
 
 
-def _launch(settings: Settings, folder: Path, seconds: float) -> None:
+def _launch(settings: Settings, folder: Path, seconds: float, idle_seconds: float) -> None:
     import subprocess
 
     log = _path(folder, "log")
@@ -320,6 +325,7 @@ def _launch(settings: Settings, folder: Path, seconds: float) -> None:
         "folder": str(folder),
         "node": settings.node_name,
         "unpackers": settings.worker_count(),
+        "idle_seconds": idle_seconds,
     }
     try:
         answer = _converse(host, json.dumps(config).encode(), seconds)

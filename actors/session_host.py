@@ -7,6 +7,7 @@ one and end with it, however it ends, because Ray ties them to their parent's li
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -22,17 +23,20 @@ from stowray.actors.embedded import embedded_ray, started_below
 from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL, Session, remove_state, write_state
 from stowray.pipeline.clock import Boot
-from stowray.pipeline.errors import StowrayError, to_wire
+from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, to_wire
 
 if TYPE_CHECKING:
     from stowray.actors.embedded import RayAddress
 
 LOOK_SECONDS = 1.0
+ASK_SECONDS = 60.0
 WARM_SECONDS = 45.0
+# Those without which a Ray serves nobody.
+_CORE = ("gcs_server", "raylet")
 
 
 def main() -> None:
-    """Hold one session until SIGTERM, or until its Ray dies."""
+    """Hold one session until SIGTERM, until nobody has used it for long, or until its Ray dies."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: stop.set())
@@ -47,24 +51,37 @@ def main() -> None:
 def _hold(config: dict[str, Any], stop: threading.Event) -> None:
     folder = Path(config["folder"])
     with embedded_ray() as address:
-        _start_crew(address, config)
+        node = _start_crew(address, config)
         session = _describe(address)
         write_state(folder, session)
         try:
             _answer({"ready": True})
-            core = [process for process in session.processes if process.name in _CORE]
-            while not stop.wait(LOOK_SECONDS):
-                if not all(process.is_alive for process in core):
-                    # Without them nobody can be served; what is left ends with this process.
-                    sys.exit(1)
+            _watch(session, node, float(config["idle_seconds"]), stop)
         finally:
             remove_state(folder, session.host)
 
 
-_CORE = ("gcs_server", "raylet")
+def _watch(session: Session, node: Any, idle_seconds: float, stop: threading.Event) -> None:
+    """Return when the session is told to end, has had nothing to do for long, or cannot go on."""
+    from stowray.actors import cluster
+
+    core = [process for process in session.processes if process.name in _CORE]
+    asked = time.monotonic()
+    while not stop.wait(LOOK_SECONDS):
+        if not all(process.is_alive for process in core):
+            # Without them nobody can be served; what is left ends with this process.
+            return
+        if time.monotonic() - asked >= min(ASK_SECONDS, idle_seconds):
+            asked = time.monotonic()
+            # While the actor starts anew it has no answer: it is asked another time.
+            with contextlib.suppress(NodeError, DeadlineError):
+                about = cluster.wait(node.describe.remote(), "session crew", seconds=10.0)
+                if about["idle_seconds"] > idle_seconds:
+                    return
 
 
-def _start_crew(address: RayAddress, config: dict[str, Any]) -> None:
+def _start_crew(address: RayAddress, config: dict[str, Any]) -> Any:
+    """Start the session's actors and return the node's, all of them warm."""
     from stowray.actors import cluster
 
     def place(role: str) -> cluster.Placement:
@@ -75,6 +92,7 @@ def _start_crew(address: RayAddress, config: dict[str, Any]) -> None:
     cluster.start_progress(place("progress"))
     cluster.wait(resolver.pid.remote(), "session resolver", seconds=WARM_SECONDS)
     cluster.wait(node.members.remote(), "session crew", seconds=WARM_SECONDS)
+    return node
 
 
 def _describe(address: RayAddress) -> Session:

@@ -282,7 +282,7 @@ def test_a_session_that_is_not_up_in_time_leaves_nothing(
     assert [process for process in after if process not in before] == []
 
 
-def test_a_session_whose_host_was_killed_is_dead_and_can_be_replaced(
+def test_a_session_whose_host_was_killed_is_replaced_and_an_idle_one_ends(
     own_session: session.Session, until: Callable[[Callable[[], bool]], None]
 ) -> None:
     everything = processes.descendants(own_session.host.pid)
@@ -290,11 +290,12 @@ def test_a_session_whose_host_was_killed_is_dead_and_can_be_replaced(
     until(lambda: not any(process.is_alive for process in workers(everything)))
     assert session.status(Settings()).state == "dead"
     assert not session.is_warm(Settings())
-    again = session.start(Settings(node="here"))
+    again = session.start(Settings(node="here"), idle_seconds=1.0)
     assert again.session is not None
     assert again.session.host != own_session.host
     assert [process for process in everything if process.is_alive] == []
     assert not Path(own_session.directory).exists()
+    until(lambda: session.status(Settings()).state == "none")
 
 
 ATTACH = """
