@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import hashlib
 import io
 import os
@@ -442,53 +440,6 @@ def test_attributes_inherited_from_the_store_stay_out(base: Path) -> None:
     assert (base / "tree/e").stat().st_mode & 0o7777 == 0o755
     with ChainView([base / "tree"], ROOT) as view:
         assert {node.gid for node in view.walk()} == {0}
-
-
-RENAME_EXCHANGE = 2
-
-
-def test_swapping_directories_for_links_meanwhile_leads_nobody_out(base: Path) -> None:
-    make_host(base)
-    check = watch(base)
-    names = [f"d{number}" for number in range(4)]
-    entries: list[Entry] = []
-    for number in range(1000):
-        place = f"{names[number % 4]}/s{number % 7}"
-        entries += [file(f"{place}/hello", b"owned"), directory(names[number % 4], 0o777)]
-        entries += [whiteout(f"{names[number % 4]}/f"), hardlink(f"{place}/l", f"{place}/hello")]
-    blob = tar_bytes(entries)
-    swaps = [_stage_while_swapping(base, number, names, blob) for number in range(2)]
-    assert sum(swaps) > 0
-    check()
-
-
-def _stage_while_swapping(base: Path, number: int, names: list[str], blob: bytes) -> int:
-    tree, trap = base / f"layer{number}", base / f"layer-trap{number}"
-    tree.mkdir()
-    trap.mkdir()
-    for name in names:
-        (trap / name).symlink_to(base / "victim")
-    libc = ctypes.CDLL(None)
-    stop = threading.Event()
-    swaps = 0
-
-    def swap() -> None:
-        nonlocal swaps
-        while not stop.is_set():
-            for name in names:
-                first, second = os.fsencode(tree / name), os.fsencode(trap / name)
-                swaps += libc.renameat2(-100, first, -100, second, RENAME_EXCHANGE) == 0
-
-    thread = threading.Thread(target=swap)
-    thread.start()
-    try:
-        # Whether it notices is a matter of luck; what may never happen is a change outside.
-        with contextlib.suppress(StorageError):
-            stage_layer(reader(blob), tree, privileged=ROOT)
-    finally:
-        stop.set()
-        thread.join()
-    return swaps
 
 
 def test_the_merged_tree_of_one_layer_is_the_layer(tree: Path) -> None:
