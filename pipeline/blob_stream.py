@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from stowray.pipeline.answers import parse_content_range, parse_length
 from stowray.pipeline.errors import RegistryError, SizeMismatchError, UnavailableError
-from stowray.pipeline.redact import public_url
+from stowray.pipeline.redact import host_of, public_url
 
 if TYPE_CHECKING:
     import zlib
@@ -28,6 +28,16 @@ class RegistryBlob:
         self.source = source
         self._response = response
         self._decoder: zlib._Decompress | None = None
+
+    @property
+    def served_by(self) -> str:
+        """Return the host that the bytes come from, past all redirects."""
+        return host_of(self._response.url)
+
+    @property
+    def seconds_waited(self) -> float:
+        """Return how long its readers have waited for the host."""
+        return self._response.seconds_waited
 
     def decode_gzip(self) -> None:
         """Undo a ``Content-Encoding: gzip`` that some proxy put round the blob."""
@@ -89,15 +99,19 @@ def is_encoded(response: Response) -> bool:
     )
 
 
-def is_usable_range(response: Response, descriptor: Descriptor, offset: int) -> bool:
-    """Return whether a 206 holds the blob from ``offset`` on (perhaps not to its end)."""
+def is_usable_range(
+    response: Response, descriptor: Descriptor, offset: int, end: int | None = None
+) -> bool:
+    """Return whether a 206 holds the blob from ``offset`` on, perhaps not to its (or ``end``)."""
     if is_encoded(response):
         return False
     media_type = (response.header("Content-Type") or "").partition(";")[0].strip().lower()
     if media_type == "multipart/byteranges":
         return False
     part = parse_content_range(response.header("Content-Range"))
-    if part is None or part.first != offset or part.last >= descriptor.size:
+    if part is None or part.first != offset:
+        return False
+    if part.last >= (descriptor.size if end is None else end):
         return False
     if part.total not in (None, descriptor.size):
         return False

@@ -188,6 +188,10 @@ class Client:
         response.close()
         raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
 
+    def spare(self, host: str) -> int:
+        """Return how many more exchanges for blobs ``host`` gets now without a wait."""
+        return self._limiter.spare(host)
+
     def close(self) -> None:
         """Close all connections."""
         self._transport.close()

@@ -9,6 +9,7 @@ never committed. A cancelled fetch keeps what it has.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -24,6 +25,8 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
+from stowray.pipeline.host_records import HostRecords
+from stowray.pipeline.lanes import open_lanes
 from stowray.pipeline.origin import Divisible
 from stowray.pipeline.registry import never, policy, weight
 from stowray.pipeline.retry import Retries, uniform, wait
@@ -35,12 +38,14 @@ if TYPE_CHECKING:
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.lanes import Lanes
     from stowray.pipeline.origin import BlobStream, Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
     from stowray.pipeline.store import Store
 
 BUFFER_SIZE = 256 * 1024
+SMALLEST_GAP = 1 << 20
 REPORT_EVERY = 1 << 20
 REPORT_SECONDS = 0.1
 FIRST_LOOK_SECONDS = 0.005
@@ -102,6 +107,20 @@ class _Work:
         self.report("blob", str(self.descriptor.digest), status, current, self.descriptor.size)
 
 
+@dataclass(slots=True)
+class _Copying:
+    """One stream on its way into the ingest."""
+
+    stream: BlobStream
+    ingest: Ingest
+    writer: int
+    received: int = 0
+    position: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.position = self.stream.offset
+
+
 class Fetcher:
     """Fetches blobs into one store from a list of origins; thread-safe.
 
@@ -120,6 +139,7 @@ class Fetcher:
         self._store = store
         self._origins = tuple(origins)
         self._settings = settings or RegistrySettings()
+        self._hosts = HostRecords(store.path, clock)
         self._clock = clock
         self._uniform = uniform
 
@@ -221,7 +241,7 @@ class Fetcher:
         if not work.origins:
             raise NotFoundError(str(work.descriptor.digest), "any source")
         work.tell("downloading", ingest.offset)
-        if ingest.offset:
+        if ingest.is_resumed:
             work.writers.add(EARLIER_RUN)
         errors: dict[int, StowrayError] = {}
         tired = 0
@@ -275,31 +295,73 @@ class Fetcher:
         ) as stream:
             work.source = stream.source
             work.opened = True
-            self._copy(work, ingest, stream, id(origin))
+            copying = _Copying(stream, ingest, id(origin))
+            lanes = open_lanes(
+                origin,
+                stream,
+                ingest,
+                self._settings,
+                self._hosts,
+                (work.reference, work.descriptor),
+                work.cancelled,
+                partial(self._tell_progress, work),
+                self._clock,
+            )
+            if lanes is None:
+                self._copy(work, copying, None)
+                return
+            try:
+                with lanes:
+                    self._copy_along(work, copying, lanes)
+            finally:
+                # What the first stream brought is counted where it is read.
+                work.received += lanes.received - copying.received
+                work.retries.count += lanes.retries
 
-    def _copy(self, work: _Work, ingest: Ingest, stream: BlobStream, writer: int) -> None:
+    def _copy_along(self, work: _Work, copying: _Copying, lanes: Lanes) -> None:
+        try:
+            self._copy(work, copying, lanes)
+        except UnavailableError:
+            if not lanes.is_proven:
+                raise
+            work.retries.count += 1
+        if lanes.is_proven and copying.ingest.offset < work.descriptor.size:
+            # It would go on with what the others fetch.
+            copying.stream.close()
+            lanes.take_over(copying.position)
+
+    def _copy(self, work: _Work, copying: _Copying, lanes: Lanes | None) -> None:
         size = work.descriptor.size
+        ingest, stream = copying.ingest, copying.stream
         buffer = memoryview(bytearray(BUFFER_SIZE))
         read_into = _reader(stream)
-        skip = ingest.offset - stream.offset
-        if skip < 0:
+        if stream.offset > ingest.offset:
             raise UnavailableError(stream.source, 0, "RANGE", "answered a later part of the blob")
-        while ingest.offset < size:
+        caught_up = False
+        while copying.position < (size if lanes is None else lanes.end):
             if work.cancelled():
                 raise CancelledError(str(work.descriptor.digest))
-            limit = min(BUFFER_SIZE, skip or size - ingest.offset)
-            count = read_into(buffer[:limit])
+            ahead = ingest.offset - copying.position
+            if caught_up and ahead >= SMALLEST_GAP:
+                # An earlier answer left bytes further on: from behind them with another request.
+                return
+            caught_up = caught_up or ahead <= 0
+            count = read_into(buffer[: min(BUFFER_SIZE, size - copying.position)])
             if count == 0:
                 return
             work.received += count
-            if skip:
-                # No ranges there: what is here already comes again, and is not looked at.
-                skip -= count
-                continue
-            work.writers.add(writer)
-            ingest.write(buffer[:count])
-            self._tell_progress(work, ingest.offset)
-        self._expect_end(work, read_into, buffer)
+            copying.received += count
+            if count > ahead:
+                work.writers.add(copying.writer)
+                # No ranges there: what is here already comes again, and is dropped.
+                ingest.write_at(copying.position, buffer[:count])
+            copying.position += count
+            if not ahead > 0:
+                self._tell_progress(work, ingest.offset)
+            if lanes is not None:
+                lanes.advance(count, copying.position)
+        if copying.position == size:
+            self._expect_end(work, read_into, buffer)
 
     def _expect_end(
         self, work: _Work, read_into: Callable[[memoryview], int], buffer: memoryview

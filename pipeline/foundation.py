@@ -47,7 +47,15 @@ _DIRECTORIES = (
     "trash",
 )
 # Also made later by others; what else lies there makes it somebody else's directory.
-_OTHERS = {"oci-layout", "index.json", "nonce", "version", "capabilities.json", "mounts"}
+_OTHERS = {
+    "oci-layout",
+    "index.json",
+    "nonce",
+    "version",
+    "capabilities.json",
+    "hosts.json",
+    "mounts",
+}
 
 
 def open_root(path: Path, *, create: bool) -> int:

@@ -4,7 +4,8 @@ Invariant: bytes that were exposed are never rewritten within a generation. The 
 ``flock``s, on ``lock`` (exclusion) and on ``state`` (a sign of life that followers may test without
 ever standing in a writer's way); ``state`` says how long the contiguous prefix is. Nothing is
 visible under ``blobs/`` before its size and digest are proven, and a resumed prefix is hashed again
-from the disk and compared with the journal before a byte is added to it.
+from the disk and compared with the journal before a byte is added to it. What was written beyond
+the prefix is kept for the next writer of the same boot, and proven with the whole.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.digest import Digest
 
 CHECKPOINT_EVERY = 8 << 20
+SMALLEST_ISLAND = 64 << 10
 _READ_SIZE = 1 << 20
 _LIFE_SIGN_ATTEMPTS = 1000
 
@@ -95,6 +97,7 @@ class Ingest:
         self.digest = digest
         self.size = size
         self.generation = 0
+        self.is_resumed = False  # whether an earlier writer's bytes are in it
         self._home = home
         self._boot = boot_key(home.boot)
         self._directory = directory
@@ -158,7 +161,7 @@ class Ingest:
                 with suppress(StorageError):
                     self._catch_up(None, 0, wait=True)
                     self._note(self._journal)
-                if self._prefix == 0:
+                if self._prefix == 0 and not self._islands:
                     self._remove()
         finally:
             with translated(self._directory, "close an ingest"):
@@ -210,8 +213,22 @@ class Ingest:
                 with self._guard:
                     self._islands.remove((start, end))
                 raise
-            self._expose(start, end)
-            self._catch_up(part, start)
+            if self._expose(start, end):
+                self._catch_up(part, start)
+            elif end - start >= SMALLEST_ISLAND and self._journal is not None:
+                # A writer that dies leaves it to the next one.
+                with translated(self._directory, "write the journal"):
+                    self._journal.append_island(self.generation, start, end)
+
+    def gap(self, start: int, end: int) -> tuple[int, int] | None:
+        """Return the first part of a range that nobody has written yet, None when all is there."""
+        with self._guard:
+            at = max(start, self._prefix)
+            for left, right in self._islands:
+                if left > at:
+                    return (at, min(left, end)) if at < end else None
+                at = max(at, right)
+            return (at, end) if at < end else None
 
     def restart(self) -> None:
         """Give up the bytes so far, which proved wrong: a new generation begins at offset 0."""
@@ -292,7 +309,8 @@ class Ingest:
             view = view[written:]
             offset += written
 
-    def _expose(self, start: int, end: int) -> None:
+    def _expose(self, start: int, end: int) -> bool:
+        """Take note of a written range; return whether the prefix goes beyond its start now."""
         with self._guard:
             self._done.add((start, end))
             while self._islands and self._islands[0] in self._done:
@@ -306,6 +324,7 @@ class Ingest:
                     self._state.expose(self._prefix)
                 except OSError as error:
                     raise storage_error(error, self._directory, "tell how far it is") from error
+            return self._prefix > start
 
     def _catch_up(self, view: memoryview | None, start: int, *, wait: bool = False) -> None:
         """Hash up to the prefix: from memory where ``view`` goes on, else back from the file."""
@@ -364,18 +383,30 @@ class Ingest:
         kept, self._hasher = prove_prefix(
             self._data, self.digest, history.checkpoints, exposed, tail=same_boot
         )
+        # Islands may lack from the disk after a crash, and bytes that are wrong make doubtful
+        # whatever the same hand wrote.
+        islands: list[tuple[int, int]] = []
+        if same_boot and kept == exposed:
+            islands = history.beyond(kept, min(self.size, os.fstat(self._data).st_size))
         if kept < exposed:
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
             state.begin(generation + 1, self.size, self._boot)
             self.generation = generation + 1
             old.rename(self._data_path)
-        os.ftruncate(self._data, kept)
+        os.ftruncate(self._data, islands[-1][1] if islands else kept)
         self._prefix = self._hashed = self._checkpoint = kept
-        journal.rewrite(self.generation, self._home.boot, history.until(kept))
+        journal.rewrite(self.generation, self._home.boot, history.until(kept), islands)
         self._checkpoint = history.last(kept)
+        self.is_resumed = bool(kept or islands)
+        self._islands = islands
+        self._done = set(islands)
+        if islands and islands[0][0] == kept:
+            self._prefix = self._islands.pop(0)[1]
+            self._done.discard((kept, self._prefix))
+            self._catch_up(None, 0, wait=True)
         self._note(journal)
-        state.expose(kept)
+        state.expose(self._prefix)
         state.set_status(GROWING, self._boot)
 
     def _begin(self, state: IngestState, generation: int) -> None:
@@ -400,7 +431,7 @@ class Ingest:
         self._islands.clear()
         self._done.clear()
         if self._journal is not None:
-            self._journal.rewrite(generation, self._home.boot, [])
+            self._journal.rewrite(generation, self._home.boot, [], [])
 
     def _reserve(self) -> None:
         """Refuse before the first byte what the disk has no room for; nothing is allocated."""

@@ -1,7 +1,9 @@
-"""The journal of an ingest: which prefixes were hashed to what, and by whom.
+"""The journal of an ingest: which prefixes were hashed to what, and what lies beyond them.
 
-Invariant: a checkpoint is believed only after the file's bytes hash to it again, so a journal that
-a crash cut short or damaged can only make a resume shorter, never wrong.
+Invariant: a checkpoint is believed only after the file's bytes hash to it again, and an island (a
+range that was written beyond the prefix) only on the boot that wrote it and until the digest of the
+whole is known; so a journal that a crash cut short or damaged can only make a resume shorter, never
+wrong.
 """
 
 from __future__ import annotations
@@ -40,6 +42,20 @@ class History:
     generation: int = 0
     boot: tuple[str, str] = ("", "")
     checkpoints: list[Checkpoint] = field(default_factory=list)
+    islands: list[tuple[int, int]] = field(default_factory=list)
+
+    def beyond(self, offset: int, end: int) -> list[tuple[int, int]]:
+        """Return the islands behind ``offset``, sorted and joined; none of it is beyond ``end``."""
+        joined: list[tuple[int, int]] = []
+        for start, stop in sorted(self.islands):
+            first = joined[-1][1] if joined else offset
+            if stop <= first or stop > end:
+                continue
+            if joined and start <= first:
+                joined[-1] = (joined[-1][0], stop)
+            else:
+                joined.append((max(start, first), stop))
+        return joined
 
     def until(self, offset: int) -> list[Checkpoint]:
         """Return the checkpoints that lie within the first ``offset`` bytes."""
@@ -77,14 +93,22 @@ class Journal:
             return history
         return history
 
-    def rewrite(self, generation: int, boot: Boot, checkpoints: list[Checkpoint]) -> None:
-        """Begin the journal anew with a header and the checkpoints that are still true."""
+    def rewrite(
+        self,
+        generation: int,
+        boot: Boot,
+        checkpoints: list[Checkpoint],
+        islands: list[tuple[int, int]],
+    ) -> None:
+        """Begin the journal anew with a header and what is still true."""
         import msgpack
 
         self.close()
         header = ["generation", VERSION, generation, boot.boot_id, boot.host]
         points = [["checkpoint", generation, point.offset, point.digest] for point in checkpoints]
-        replace_file(self._path, b"".join(msgpack.packb(item) for item in [header, *points]))
+        ranges = [["island", generation, start, end] for start, end in islands]
+        items = [header, *points, *ranges]
+        replace_file(self._path, b"".join(msgpack.packb(item) for item in items))
         self._descriptor = os.open(
             self._path, os.O_WRONLY | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
         )
@@ -95,6 +119,12 @@ class Journal:
 
         item = ["checkpoint", point.generation, point.offset, point.digest]
         write_all(self._descriptor, msgpack.packb(item))
+
+    def append_island(self, generation: int, start: int, end: int) -> None:
+        """Note that a range beyond the prefix was written."""
+        import msgpack
+
+        write_all(self._descriptor, msgpack.packb(["island", generation, start, end]))
 
     def close(self) -> None:
         """Close the file; idempotent."""
@@ -146,12 +176,18 @@ def _take(history: History, item: object) -> bool:
             history.generation = generation
             history.boot = (boot_id, host)
             history.checkpoints = []
+            history.islands = []
             return True
         case ["checkpoint", int(generation), int(offset), bytes(digest)]:
             previous = history.checkpoints[-1].offset if history.checkpoints else 0
             if generation != history.generation or offset <= previous:
                 return False
             history.checkpoints.append(Checkpoint(generation, offset, digest))
+            return True
+        case ["island", int(generation), int(start), int(end)]:
+            if generation != history.generation or not 0 <= start < end:
+                return False
+            history.islands.append((start, end))
             return True
         case _:
             return False

@@ -188,6 +188,34 @@ class Registry:
                 raise
             return self._open_foreign(descriptor, cancelled)
 
+    def open_range_at(
+        self,
+        endpoint: Endpoint,
+        reference: Source,
+        descriptor: Descriptor,
+        start: int,
+        end: int,
+        cancelled: Callable[[], bool],
+    ) -> RegistryBlob | None:
+        """Return the bytes from ``start`` to ``end``, perhaps fewer; None when another part comes.
+
+        The range is closed, so that the connection serves again once it is read.
+        """
+        named = _of_registry(reference)
+        ranged = (("Range", f"bytes={start}-{end - 1}"),)
+        answer = self._blob_request(endpoint, descriptor, ranged, cancelled)
+        response = answer.response
+        if response.status == 206 and is_usable_range(response, descriptor, start, end):
+            return RegistryBlob(response, start, endpoint.registry)
+        if response.status in (200, 206, 416):
+            response.close()
+            return None
+        raise to_error(answer.refusal(), **_about(endpoint, f"{named.name}@{descriptor.digest}"))
+
+    def spare_connections(self, endpoint: Endpoint, host: str) -> int:
+        """Return how many more blob requests to ``host`` would be let pass now."""
+        return min(self._client.spare(name) for name in (endpoint.host, host))
+
     def places(self, reference: Source) -> tuple[RegistryPlace, ...]:
         """Return the endpoints that serve blobs of ``reference``: mirrors, then the registry."""
         found = self._endpoints.find(_of_registry(reference), "pull")
@@ -435,7 +463,12 @@ def _client(
     return Client(
         transport,
         Credentials(environment, settings.authfile),
-        Limiter(settings.connections, clock),
+        Limiter(
+            settings.connections,
+            clock,
+            requests_per_second=settings.requests_per_second,
+            bytes_per_second=settings.bytes_per_second,
+        ),
         plain_http=settings.plain_http,
         clock=clock,
         warn=warn,

@@ -48,6 +48,28 @@ class RegistryPlace:
             self._endpoint, reference, descriptor, offset, cancelled or _never
         )
 
+    @property
+    def host(self) -> str:
+        """Return under which name what is learned of it is remembered."""
+        return self._endpoint.host
+
+    def open_range(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        start: int,
+        end: int,
+        cancelled: Callable[[], bool],
+    ) -> RegistryBlob | None:
+        """Return one part of the blob, None when another one comes than was asked for."""
+        return self._registry.open_range_at(
+            self._endpoint, reference, descriptor, start, end, cancelled
+        )
+
+    def spare_connections(self, stream: RegistryBlob) -> int:
+        """Return how many more parts could be fetched now from where ``stream`` comes from."""
+        return self._registry.spare_connections(self._endpoint, stream.served_by)
+
     def blame(self, error: StowrayError) -> None:
         """Let the endpoint rest for a while if it gave wrong bytes or made its reader wait."""
         self._endpoints.blame(self._endpoint, error)

@@ -47,6 +47,11 @@ class Response:
         """Call ``release`` when the exchange is over."""
         self._release = release
 
+    @property
+    def seconds_waited(self) -> float:
+        """Return how long the readers of the body have waited for it."""
+        return self._watch.waited
+
     def header(self, name: str) -> str | None:
         """Return the first value of a header."""
         values = self.header_values(name)

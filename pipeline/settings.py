@@ -39,6 +39,10 @@ class RegistrySettings:
     attempts: int = 6
     deadline_seconds: float = 3600.0
     connections: int = 6
+    range_connections: int = 4
+    range_minimum_bytes: int = 64 << 20
+    requests_per_second: float = 0.0
+    bytes_per_second: int = 0
     foreign_urls: bool = False
 
 

@@ -9,7 +9,7 @@ STORE/ oci-layout index.json blobs/       what other tools read; ``index.json`` 
        refs/ sources/ durable/            records: references, blobs, what survives a power cut
        ingest/ layers/ snapshots/         arriving blobs, layer trees, chain IDs
        leases/ locks/ quarantine/ trash/  what is held, and what is on its way out
-       nonce version capabilities.json
+       nonce version capabilities.json hosts.json
 """
 
 from __future__ import annotations

@@ -506,3 +506,92 @@ class TestFullDisk:
             ingest.write(data[ingest.offset :])
             ingest.commit()
         assert check_blobs(store.path) == {digest}
+
+
+# Ranges written beyond the prefix
+
+ISLANDS = """
+path, digest, size, seed = sys.argv[1], sys.argv[2], *map(int, sys.argv[3:5])
+boot = Boot(sys.argv[5], sys.argv[6])
+store = Store.open(path, boot=boot)
+data = hashlib.shake_256(seed.to_bytes(8, "little")).digest(size)
+ingest = store.acquire(Digest(digest), size)
+for start, end in ((0, 1_000_000), (3_000_000, 4_000_000), (4_000_000, 5_000_000),
+                   (6_000_000, 7_000_000)):
+    ingest.write_at(start, data[start:end])
+say("written")
+sys.stdin.read()
+"""
+
+
+def test_islands_of_a_killed_writer_are_kept_on_the_same_boot(
+    workspace: Path, store: Store
+) -> None:
+    data = pattern(LONG, 5)
+    digest = Digest.of(data)
+    boot = (FIRST_BOOT.boot_id, FIRST_BOOT.host)
+    writer = start(ISLANDS, store.path, digest, LONG, 5, *boot)
+    listen(writer, "written")
+    kill(writer)
+    ingest = store.acquire(digest, LONG)
+    assert ingest is not None
+    with ingest:
+        assert (ingest.offset, ingest.is_resumed) == (1_000_000, True)
+        assert ingest.gap(0, LONG) == (1_000_000, 3_000_000)
+        assert ingest.gap(3_500_000, LONG) == (5_000_000, 6_000_000)
+        assert ingest.gap(3_500_000, 4_500_000) is None
+        assert ingest.gap(6_500_000, 9_000_000) == (7_000_000, 9_000_000)
+        ingest.write_at(1_000_000, data[1_000_000:3_000_000])
+        assert ingest.offset == 5_000_000
+        ingest.write_at(5_000_000, data[5_000_000:6_000_000])
+        ingest.write(data[7_000_000:])
+        ingest.commit()
+    assert check_blobs(store.path) == {str(digest)}
+
+
+def test_islands_do_not_outlive_a_crash(store: Store) -> None:
+    data = pattern(LONG, 5)
+    digest = Digest.of(data)
+    ingest = store.acquire(digest, LONG)
+    assert ingest is not None
+    with ingest:
+        ingest.write(data[:100_000])
+        ingest.write_at(3_000_000, data[3_000_000:4_000_000])
+    with Store.open(store.path, boot=NEXT_BOOT) as later:
+        ingest = later.acquire(digest, LONG)
+        assert ingest is not None
+        with ingest:
+            assert ingest.gap(0, LONG) == (ingest.offset, LONG)
+
+
+def test_an_island_that_was_cut_or_is_wrong_costs_no_more_than_the_generation(store: Store) -> None:
+    data = pattern(LONG, 5)
+    digest = Digest.of(data)
+    for damage in ("cut", "wrong"):
+        ingest = store.acquire(digest, LONG)
+        assert ingest is not None
+        with ingest:
+            ingest.write_at(0, data[:100_000])
+            ingest.write_at(3_000_000, data[3_000_000:4_000_000])
+        (path,) = store.ingest_path(digest).glob("data.*")
+        with path.open("r+b") as file:
+            if damage == "cut":
+                file.truncate(3_500_000)
+            else:
+                file.seek(3_500_000)
+                file.write(b"damage")
+        ingest = store.acquire(digest, LONG)
+        assert ingest is not None
+        with ingest:
+            assert ingest.offset == 100_000
+            if damage == "cut":
+                assert ingest.gap(0, LONG) == (100_000, LONG)
+                continue
+            ingest.write(data[100_000:3_000_000])
+            ingest.write(data[4_000_000:])
+            with pytest.raises(DigestMismatchError):
+                ingest.commit()
+            assert ingest.gap(0, LONG) == (0, LONG)
+            ingest.write(data)
+            ingest.commit()
+    assert check_blobs(store.path) == {str(digest)}

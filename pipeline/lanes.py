@@ -1,0 +1,380 @@
+"""One blob over several connections of one host: the first stream, and parts beside it.
+
+Invariant: the first stream goes to the blob's end unless others have proven that the host honours
+ranges, so whatever becomes of the others nothing is lost by them. Each part's answer is checked for
+being that part; a part that breaks is taken up where it broke; answers are read to their end, so
+that connections serve again. When :meth:`Lanes.close` returns no thread is left, and the first
+error that was not the network's is the one that is raised.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
+
+from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.errors import (
+    CancelledError,
+    NodeError,
+    NotFoundError,
+    RegistryError,
+    UnauthorizedError,
+    UnavailableError,
+)
+from stowray.pipeline.range_plan import Climb, Parts, part_size
+from stowray.pipeline.retry import uniform, wait
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stowray.pipeline.blob_stream import RegistryBlob
+    from stowray.pipeline.descriptor import Descriptor
+    from stowray.pipeline.host_records import HostRecords
+    from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.settings import RegistrySettings
+    from stowray.pipeline.source import Source
+
+BUFFER_SIZE: Final = 256 * 1024
+LOOK_SECONDS: Final = 0.1
+# A lane that fails so often in a row is one connection too many.
+LANE_FAILURES: Final = 3
+PAUSE_SECONDS: Final = 0.5
+REFUSALS: Final = 2
+
+
+@runtime_checkable
+class Ranged(Protocol):
+    """A place whose blobs can be fetched in parts."""
+
+    @property
+    def host(self) -> str:
+        """Under which name what is learned of it is remembered."""
+
+    def open_range(
+        self,
+        reference: Source,
+        descriptor: Descriptor,
+        start: int,
+        end: int,
+        cancelled: Callable[[], bool],
+    ) -> RegistryBlob | None:
+        """Return the bytes from ``start`` on, not beyond ``end``; None when others came."""
+
+    def spare_connections(self, stream: RegistryBlob) -> int:
+        """Return how many more parts could be fetched now from where ``stream`` comes from."""
+
+
+def open_lanes(
+    place: object,
+    stream: object,
+    ingest: Ingest,
+    settings: RegistrySettings,
+    records: HostRecords,
+    fetch_range: tuple[Source, Descriptor],
+    cancelled: Callable[[], bool],
+    tell: Callable[[int], None],
+    clock: Clock = SYSTEM_CLOCK,
+) -> Lanes | None:
+    """Return lanes for what ``stream`` begins, None when one connection is all there is to be."""
+    from stowray.pipeline.blob_stream import RegistryBlob
+
+    left = ingest.size - ingest.offset
+    if settings.range_connections < 2 or left < settings.range_minimum_bytes:
+        return None
+    if not isinstance(place, Ranged) or not isinstance(stream, RegistryBlob):
+        return None
+    known = records.find(place.host)
+    if known is not None and known.connections < 2:
+        return None
+    climb = Climb(settings.range_connections, clock.monotonic(), known)
+    return Lanes(place, stream, ingest, climb, records, fetch_range, cancelled, tell, clock)
+
+
+class Lanes:
+    """The connections of one blob; a context manager that ends all but the first."""
+
+    def __init__(
+        self,
+        place: Ranged,
+        stream: RegistryBlob,
+        ingest: Ingest,
+        climb: Climb,
+        records: HostRecords,
+        fetch_range: tuple[Source, Descriptor],
+        cancelled: Callable[[], bool],
+        tell: Callable[[int], None],
+        clock: Clock,
+    ) -> None:
+        self._place = place
+        self._stream = stream
+        self._ingest = ingest
+        self._climb = climb
+        self._records = records
+        self._reference, self._descriptor = fetch_range
+        self._cancelled = cancelled
+        self._tell = tell
+        self._clock = clock
+        self._begun = clock.monotonic()
+        self._look_at = self._begun
+        self._changed = threading.Condition()
+        self._threads: list[threading.Thread] = []
+        self._parts: Parts | None = None
+        self._first_part = ingest.size
+        self._active = 1
+        self._out = 0  # parts that somebody works at
+        self._refusals = 0
+        self._proven = False
+        self._stopped = False
+        self._error: BaseException | None = None
+        self.end = ingest.size  # where the first stream is to stop
+        self.received = 0
+        self.retries = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def is_proven(self) -> bool:
+        """Tell whether the host honours ranges: then the rest can go on without the first."""
+        return self._proven and not self._stopped
+
+    def close(self) -> None:
+        """End all lanes, wait for their threads, and remember what was found out."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        finding = self._climb.finding
+        if finding is not None:
+            self._climb.finding = None
+            self._records.learn(self._place.host, finding.connections, finding.bytes_per_second)
+
+    def advance(self, count: int, position: int) -> None:
+        """Take note of ``count`` bytes of the first stream, which is at ``position`` now."""
+        with self._changed:
+            self.received += count
+            if self._error is not None:
+                raise self._error
+            now = self._clock.monotonic()
+            if self._stopped or now < self._look_at:
+                return
+            self._look_at = now + LOOK_SECONDS
+            waiting = self._stream.seconds_waited / max(now - self._begun, 1e-6)
+            self._look(now, waiting)
+            if self._climb.wanted > self._active:
+                self._open(position)
+
+    def take_over(self, position: int) -> None:
+        """Fetch what is left in this thread too: the first stream ended at ``position``.
+
+        Raises UnavailableError when nobody gets on, and what a lane met that is no matter of the
+        network. The blob may still be incomplete if the host sends no ranges any more.
+        """
+        failed: UnavailableError | None = None
+        with self._changed:
+            if self._parts is not None:
+                self._parts.give_back(position, self.end)
+        try:
+            self._run_lane(is_first=True)
+        except UnavailableError as error:
+            failed = error
+        except CancelledError:
+            if self._cancelled():
+                raise
+            # Another lane's error ended this one, and is raised below.
+        for thread in self._threads:
+            thread.join()
+        if self._error is not None:
+            raise self._error
+        if failed is not None and self._ingest.offset < self._ingest.size:
+            raise failed
+
+    # -- opening and ending -----------------------------------------------------------------------
+
+    def _look(self, now: float, waiting: float) -> None:
+        left = self._ingest.size - self._ingest.offset
+        self._climb.look(now, self.received, self._active, left, waiting)
+
+    def _open(self, position: int) -> None:
+        """Start as many lanes as are wanted and allowed; the lock is held."""
+        left = self._ingest.size - position
+        if self._parts is None:
+            # The first stream reads on while the others begin: they start where it will be soon.
+            first = position + part_size(self._climb.rate, left, self._climb.wanted)
+            if first >= self._ingest.size:
+                return
+            self._first_part = first
+            self._parts = Parts(first, self._ingest.size)
+        if self._parts.is_empty:
+            return
+        count = min(self._climb.wanted - self._active, self._spare())
+        for _ in range(count):
+            self._active += 1
+            thread = threading.Thread(target=self._run, name="lane", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def _tend(self) -> None:
+        """Do what the first stream did while it ran: tell, look, open; the lock is held."""
+        self._tell(self._ingest.offset)
+        now = self._clock.monotonic()
+        if now < self._look_at:
+            return
+        self._look_at = now + LOOK_SECONDS
+        self._look(now, 1.0)
+        if self._climb.wanted > self._active:
+            self._open(self._ingest.offset)
+
+    def _spare(self) -> int:
+        return self._place.spare_connections(self._stream)
+
+    def _is_over(self) -> bool:
+        return self._stopped or self._error is not None or self._cancelled()
+
+    def _run(self) -> None:
+        try:
+            self._run_lane(is_first=False)
+        except UnavailableError:
+            # What it could not fetch was given back, and others go on with it.
+            return
+        except CancelledError:
+            return
+        except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
+            with self._changed:
+                self._error = self._error or error
+        finally:
+            with self._changed:
+                self._active -= 1
+                self._changed.notify_all()
+
+    # -- one lane ---------------------------------------------------------------------------------
+
+    def _run_lane(self, *, is_first: bool) -> None:
+        """Fetch parts until there are none; UnavailableError when this lane gets nowhere."""
+        buffer = memoryview(bytearray(BUFFER_SIZE))
+        failures = 0
+        while (part := self._next(is_first=is_first)) is not None:
+            start, end = part
+            at = start
+            try:
+                at = self._fetch(start, end, buffer, is_first=is_first)
+                failures = 0
+            except _PartError as error:
+                at = error.position
+                failures = 1 if at - start >= BUFFER_SIZE else failures + 1
+                self.retries += 1
+                if failures >= LANE_FAILURES:
+                    raise error.cause from None
+            except (NotFoundError, UnauthorizedError, RegistryError, NodeError):
+                # Said to the first stream as well, if it is meant: there it is dealt with.
+                self._stop()
+                return
+            finally:
+                self._finish_part(at, end)
+            if failures:
+                seconds = uniform(0, PAUSE_SECONDS * 2 ** (failures - 1))
+                wait(seconds, self._clock, self._is_over, str(self._descriptor.digest))
+
+    def _next(self, *, is_first: bool) -> tuple[int, int] | None:
+        """Return the next part; None when this lane is not needed any more."""
+        with self._changed:
+            while not self._stopped and self._error is None and self._parts is not None:
+                if self._cancelled():
+                    raise CancelledError(str(self._descriptor.digest))
+                if is_first:
+                    self._tend()
+                elif self._active > self._climb.wanted or self._spare() < 1:
+                    return None
+                left = self._ingest.size - self._ingest.offset
+                size = part_size(self._climb.rate, left, self._climb.wanted)
+                window = 2 * size * max(2, self._climb.wanted)
+                part = self._parts.take(size, self._ingest.offset, window)
+                if part is not None:
+                    # An earlier run may have left bytes there.
+                    gap = self._ingest.gap(*part)
+                    if gap is None:
+                        continue
+                    self._parts.give_back(gap[1], part[1])
+                    self._out += 1
+                    return gap
+                if self._parts.is_empty and (self._out == 0 or not is_first):
+                    # The first lane stays: a part that breaks may come back.
+                    return None
+                self._changed.wait(LOOK_SECONDS)
+        return None
+
+    def _fetch(self, start: int, end: int, buffer: memoryview, *, is_first: bool) -> int:
+        """Copy one part into the ingest; return how far it came."""
+        at = start
+        try:
+            stream = self._place.open_range(
+                self._reference, self._descriptor, start, end, self._is_over
+            )
+            if stream is None:
+                self._refused()
+                return at
+            with stream:
+                self._prove()
+                while at < end:
+                    count = stream.read_into(buffer[: min(BUFFER_SIZE, end - at)])
+                    if count == 0:
+                        # Shorter than was asked for, which is allowed.
+                        return at
+                    self._ingest.write_at(at, buffer[:count])
+                    at += count
+                    self._count(count, is_first=is_first)
+                # Past the end of the body's framing, so that the connection is free again.
+                stream.read_into(buffer[:1])
+        except UnavailableError as error:
+            if at == end:
+                return at
+            raise _PartError(at, error) from error
+        return at
+
+    def _count(self, count: int, *, is_first: bool) -> None:
+        with self._changed:
+            self.received += count
+            if not is_first:
+                return
+            self._tend()
+
+    def _prove(self) -> None:
+        with self._changed:
+            self._refusals = 0
+            self._proven = True
+            self.end = self._first_part
+
+    def _refused(self) -> None:
+        """Take note that other bytes came than were asked for."""
+        with self._changed:
+            self._refusals += 1
+            if self._proven and self._refusals < REFUSALS:
+                return
+            self._stopped = True
+            self._changed.notify_all()
+        self._records.learn(self._place.host, 1, 0)
+
+    def _stop(self) -> None:
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def _finish_part(self, at: int, end: int) -> None:
+        with self._changed:
+            self._out -= 1
+            if self._parts is not None:
+                self._parts.give_back(at, end)
+            self._changed.notify_all()
+
+
+class _PartError(Exception):
+    """The network failed a part at ``position``."""
+
+    def __init__(self, position: int, cause: UnavailableError) -> None:
+        super().__init__(position)
+        self.position = position
+        self.cause = cause

@@ -1,0 +1,310 @@
+"""Large blobs over several connections, from a registry that may not play along."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stowray.pipeline.clock import Clock
+from stowray.pipeline.descriptor import Descriptor
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import CancelledError, StorageError, UnavailableError
+from stowray.pipeline.fetch import Fetched, Fetcher
+from stowray.pipeline.host_records import LIFE_SECONDS, HostRecords
+from stowray.pipeline.ingest import Ingest
+from stowray.pipeline.reference import Reference
+from stowray.pipeline.registry import Registry
+from stowray.pipeline.settings import RegistrySettings
+from stowray.pipeline.store import Store
+from tests.support.registry import FakeRegistry, Fault, incompressible
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+    from pathlib import Path
+
+NAME = "team/app"
+MIB = 1 << 20
+SIZE = 12 * MIB + 12_345
+DATA = incompressible(SIZE)
+BLOB = Descriptor("application/octet-stream", Digest.of(DATA), SIZE)
+# The first stream's pace: the others have done their parts long before.
+SLOW = Fault(trickle=(128 * 1024, 0.02))
+
+
+class Bench:
+    def __init__(self, folder: Path, fake: FakeRegistry) -> None:
+        self.fake = fake
+        self.store = Store.open(folder / "store")
+        self.records = HostRecords(self.store.path)
+        self.registries: list[Registry] = []
+        self.told: list[int] = []
+
+    def know(self, connections: int = 4) -> None:
+        """Have learned that several connections pay, so that nothing has to be measured."""
+        self.records.learn(self.fake.host, connections, MIB)
+
+    def fetch(self, cancelled: Callable[[], bool] = lambda: False, **settings: Any) -> Fetched:
+        wanted = RegistrySettings(**{"attempts": 4, "range_minimum_bytes": MIB, **settings})
+        registry = Registry(wanted, environment={})
+        self.registries.append(registry)
+        fetcher = Fetcher(self.store, [registry], wanted, uniform=lambda low, high: 0.0)
+        reference = Reference.parse(f"{self.fake.host}/{NAME}:1")
+        return fetcher.fetch(reference, BLOB, report=self.report, cancelled=cancelled)
+
+    def report(
+        self, kind: str, id: str, status: str, current: int = 0, total: int = 0, error: str = ""
+    ) -> None:
+        assert 0 <= current <= total == SIZE
+        self.told.append(current)
+
+    @property
+    def holds(self) -> bool:
+        if not self.store.has(BLOB.digest, SIZE):
+            return False
+        return self.store.blob_path(BLOB.digest).read_bytes() == DATA
+
+    def parts(self) -> list[tuple[int, int]]:
+        """Return the ranges that were asked for, ends exclusive."""
+        found = []
+        for request in self.fake.seen("/blobs/"):
+            if request.range is not None:
+                first, last = request.range.removeprefix("bytes=").split("-")
+                found.append((int(first), int(last) + 1))
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    with FakeRegistry() as fake:
+        fake.add_blob(DATA)
+        made = Bench(tmp_path, fake)
+        yield made
+        held = [registry._client._limiter.held(fake.host) for registry in made.registries]
+        assert not any(held)
+        for registry in made.registries:
+            registry.close()
+        made.store.close()
+        assert [thread.name for thread in threading.enumerate() if thread.name == "lane"] == []
+
+
+def test_a_large_blob_comes_in_parts_over_connections_that_serve_again(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    fetched = bench.fetch()
+    assert bench.holds
+    assert fetched.retries == 0
+    parts = sorted(bench.parts())
+    # Closed, small, one after the other up to the end: nothing twice but what was under way.
+    assert parts[-1][1] == SIZE
+    assert all(one[1] == other[0] for one, other in itertools.pairwise(parts))
+    assert all(end - start <= MIB for start, end in parts)
+    assert fetched.fetched_bytes <= SIZE + MIB
+    connections = {request.connection for request in bench.fake.seen("/blobs/")}
+    assert 2 <= len(connections) <= 1 + 4
+    assert bench.told == sorted(bench.told)
+
+
+def test_signed_urls_are_asked_for_each_part(bench: Bench) -> None:
+    bench.know()
+    bench.fake.redirect = True
+    bench.fake.fault("/cdn/", SLOW)
+    bench.fetch()
+    assert bench.holds
+    assert bench.fake.count("/cdn/") > 4
+
+
+def test_small_blobs_and_single_connections_stay_whole(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fetch(range_minimum_bytes=SIZE + 1)
+    assert bench.holds
+    assert bench.parts() == []
+
+
+@pytest.mark.parametrize("limits", [{"range_connections": 1}, {"connections": 1}])
+def test_no_second_connection_where_only_one_may_be(bench: Bench, limits: dict[str, int]) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fetch(**limits)
+    assert bench.holds
+    assert bench.parts() == []
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(ignore_range=True), id="ignored"),
+        pytest.param(Fault(shift_range=1), id="shifted"),
+        pytest.param(Fault(multipart=True), id="multipart"),
+        pytest.param(Fault(remove=("Content-Range",)), id="no Content-Range"),
+        pytest.param(Fault(false_range=f"bytes 0-{SIZE - 1}/{SIZE}"), id="false Content-Range"),
+        pytest.param(Fault(encoding="gzip"), id="encoded"),
+        pytest.param(Fault(status=416), id="416"),
+    ],
+)
+def test_a_host_without_ranges_serves_one_stream(bench: Bench, fault: Fault) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fake.fault("/blobs/", fault, repeat=True)
+    fetched = bench.fetch()
+    assert bench.holds
+    assert fetched.fetched_bytes == SIZE
+    assert len(bench.parts()) <= 3
+    # This is remembered, by other processes too.
+    known = HostRecords(bench.store.path).find(bench.fake.host)
+    assert known is not None
+    assert known.connections == 1
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param([Fault(cut="reset", after=300_000)], id="reset"),
+        pytest.param([Fault(cut="fin", after=300_000), Fault(cut="reset", after=-1)], id="twice"),
+        pytest.param([Fault(), Fault(ignore_range=True)], id="a 200"),
+        pytest.param([Fault(), Fault(shift_range=1)], id="a shifted range"),
+        pytest.param([Fault(status=408)], id="408"),
+        pytest.param([Fault(status=503)], id="503"),
+        pytest.param([Fault(short_range=100_000)], id="short"),
+        pytest.param([Fault(no_total=True)], id="no total"),
+        pytest.param([Fault(length="chunked")], id="chunked"),
+    ],
+)
+def test_a_part_that_fails_is_asked_for_again(bench: Bench, faults: list[Fault]) -> None:
+    bench.know(connections=2)
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fake.fault("/blobs/", *faults)
+    fetched = bench.fetch()
+    assert bench.holds
+    assert len(bench.parts()) > 4
+    assert fetched.fetched_bytes <= SIZE + 2 * MIB
+
+
+def test_every_connection_breaks(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", Fault(cut="reset", after=3 * MIB, trickle=SLOW.trickle))
+    bench.fake.fault("/blobs/", Fault(cut="fin", after=700_000), repeat=True)
+    fetched = bench.fetch()
+    assert bench.holds
+    assert fetched.fetched_bytes <= SIZE + MIB
+    assert fetched.retries > 10
+
+
+def test_lanes_that_never_come_off_do_no_harm(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fake.fault("/blobs/", Fault(status=500), repeat=True)
+    fetched = bench.fetch()
+    assert bench.holds
+    assert fetched.fetched_bytes == SIZE
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 400])
+def test_a_refused_part_is_left_to_the_first_stream(bench: Bench, status: int) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fake.fault("/blobs/", Fault(status=status), repeat=True)
+    assert bench.fetch().fetched_bytes == SIZE
+    assert bench.holds
+
+
+def test_ranges_that_end_in_mid_blob(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW, Fault(), Fault(), Fault(), Fault())
+    bench.fake.fault("/blobs/", Fault(ignore_range=True), repeat=True)
+    bench.fetch()
+    assert bench.holds
+
+
+def test_the_registry_dies_in_mid_blob(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", Fault(cut="reset", after=4 * MIB, trickle=SLOW.trickle))
+    bench.fake.fault("/blobs/", Fault(), Fault(), Fault())
+    bench.fake.fault("/blobs/", Fault(status=503), repeat=True)
+    with pytest.raises(UnavailableError) as caught:
+        bench.fetch()
+    assert caught.value.status == 503
+    bench.fake.clear_faults()
+    # What was contiguous is kept.
+    assert bench.fetch().fetched_bytes < SIZE - 3 * MIB
+    assert bench.holds
+
+
+def test_a_full_disk_ends_all_lanes_with_its_own_error(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    write_at = Ingest.write_at
+
+    def full(self: Ingest, offset: int, data: Any) -> None:
+        if offset > 6 * MIB:
+            raise StorageError("store", f"the disk is full at {offset}")
+        write_at(self, offset, data)
+
+    monkeypatch.setattr(Ingest, "write_at", full)
+    with pytest.raises(StorageError):
+        bench.fetch()
+    assert not bench.store.has(BLOB.digest)
+
+
+def test_a_cancelled_fetch_leaves_nothing_running(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW)
+    bench.fake.fault("/blobs/", Fault(), Fault(), Fault(stall=200_000), Fault(hang=True))
+    bench.fake.fault("/blobs/", Fault(stall=10), repeat=True)
+
+    with pytest.raises(CancelledError):
+        bench.fetch(cancelled=lambda: len(bench.parts()) >= 4 and max(bench.told) > MIB)
+    bench.fake.clear_faults()
+    assert bench.fetch().fetched_bytes < SIZE
+    assert bench.holds
+
+
+def test_wrong_parts_void_the_generation_once(bench: Bench) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", SLOW, Fault(corrupt=1000))
+    fetched = bench.fetch()
+    assert bench.holds
+    assert fetched.fetched_bytes >= 2 * SIZE
+
+
+def test_what_is_measured_is_remembered(bench: Bench) -> None:
+    """Each connection is slow for itself, so the second one doubles the rate, and so on."""
+    bench.fake.fault("/blobs/", Fault(trickle=(16 * 1024, 0.01)), repeat=True)
+    bench.fetch(range_connections=2)
+    assert bench.holds
+    known = HostRecords(bench.store.path).find(bench.fake.host)
+    assert known is not None
+    assert known.connections == 2
+    assert bench.parts()
+
+
+def test_records_expire_and_a_damaged_file_is_no_matter(tmp_path: Path) -> None:
+    now = [1000.0]
+    clock = Clock(wall=lambda: now[0])
+    HostRecords(tmp_path, clock).learn("r.example", 4, 77)
+    found = HostRecords(tmp_path, clock).find("r.example")
+    assert found is not None
+    assert (found.connections, found.bytes_per_second) == (4, 77)
+    now[0] += LIFE_SECONDS
+    assert HostRecords(tmp_path, clock).find("r.example") is None
+    now[0] = 0.0  # a clock that was set back
+    assert HostRecords(tmp_path, clock).find("r.example") is None
+    (tmp_path / "hosts.json").write_bytes(b"\0" * 100)
+    records = HostRecords(tmp_path, clock)
+    assert records.find("r.example") is None
+    records.learn("s.example", 2, 5)
+    assert HostRecords(tmp_path, clock).find("s.example") is not None
+
+
+def test_records_of_several_processes_are_kept(tmp_path: Path) -> None:
+    first, second = HostRecords(tmp_path), HostRecords(tmp_path)
+    assert first.find("r.example") is second.find("r.example") is None
+    first.learn("r.example", 4, 1)
+    second.learn("s.example", 2, 1)
+    assert HostRecords(tmp_path).find("r.example") is not None
+    assert HostRecords(tmp_path).find("s.example") is not None

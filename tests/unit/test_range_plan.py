@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stowray.pipeline.host_records import HostRecord
+from stowray.pipeline.range_plan import (
+    LARGEST_PART,
+    SMALLEST_PART,
+    Climb,
+    Finding,
+    Parts,
+    part_size,
+)
+
+MIB = 1 << 20
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    start=st.integers(0, 50),
+    length=st.integers(0, 200),
+    size=st.integers(1, 30),
+    broken=st.lists(st.integers(0, 40), max_size=30),
+)
+def test_parts_are_a_partition_whatever_breaks(
+    start: int, length: int, size: int, broken: list[int]
+) -> None:
+    parts = Parts(start, start + length)
+    got: list[int] = []
+    breaks = iter(broken)
+    while (part := parts.take(size, 0, 10_000)) is not None:
+        first, end = part
+        assert first < end <= start + length
+        stop = min(end, first + next(breaks, 1000))
+        got += range(first, stop)
+        parts.give_back(stop, end)
+    assert parts.is_empty
+    assert sorted(got) == list(range(start, start + length))
+
+
+def test_no_part_begins_beyond_the_window_and_none_is_of_what_is_there() -> None:
+    parts = Parts(10, 100)
+    assert parts.take(10, 0, 11) == (10, 20)
+    assert parts.take(10, 0, 11) is None
+    assert parts.take(10, 15, 11) == (20, 30)
+    parts.give_back(12, 20)
+    parts.give_back(20, 25)
+    assert parts.take(10, 22, 11) == (22, 25)
+    # Somebody else has come further than what was handed out.
+    assert parts.take(10, 60, 11) == (60, 70)
+    assert not parts.is_empty
+    assert parts.take(100, 90, 50) == (90, 100)
+    assert parts.take(100, 90, 50) is None
+    assert parts.is_empty
+
+
+def test_parts_last_about_a_second_and_get_smaller_at_the_end() -> None:
+    assert part_size(5.5 * MIB, 1000 * MIB, 4) == int(5.5 * MIB)
+    assert part_size(0, 1000 * MIB, 4) == SMALLEST_PART
+    assert part_size(1e9, 1000 * MIB, 4) == LARGEST_PART
+    assert part_size(10 * MIB, 8 * MIB, 4) == 2 * MIB
+    assert part_size(10 * MIB, 10, 4) == SMALLEST_PART
+
+
+class Line:
+    """A download as a climb sees it, at a rate that depends on the connections."""
+
+    def __init__(self, climb: Climb, rate_of: dict[int, float], size: float = 10_000 * MIB) -> None:
+        self.climb = climb
+        self.rate_of = rate_of
+        self.size = size
+        self.now = 0.0
+        self.received = 0.0
+        self.most = 1
+
+    def run(self, seconds: float, *, most: int = 100, waiting: float = 1.0) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            active = min(self.climb.wanted, most)
+            self.most = max(self.most, active)
+            self.now += 0.1
+            self.received += 0.1 * self.rate_of[active] * MIB
+            left = int(self.size - self.received)
+            self.climb.look(self.now, int(self.received), active, left, waiting)
+
+
+def test_connections_are_added_as_long_as_each_brings_its_share() -> None:
+    line = Line(Climb(4, 0.0), {1: 20, 2: 40, 4: 80})
+    line.run(1.2)
+    assert line.climb.wanted == 1
+    line.run(10)
+    assert (line.climb.wanted, line.climb.is_over) == (4, True)
+    assert line.climb.finding is not None
+    assert line.climb.finding.connections == 4
+    assert line.climb.finding.bytes_per_second == pytest.approx(20 * MIB, rel=0.05)
+
+
+def test_a_line_that_is_full_goes_back_to_one() -> None:
+    line = Line(Climb(4, 0.0), {1: 20, 2: 21, 4: 21})
+    line.run(10)
+    assert (line.climb.wanted, line.most) == (1, 2)
+    assert line.climb.finding == Finding(1, line.climb.finding.bytes_per_second)  # type: ignore[union-attr]
+
+
+def test_the_last_doubling_that_did_not_help_is_taken_back() -> None:
+    line = Line(Climb(8, 0.0), {1: 20, 2: 40, 4: 44})
+    line.run(10)
+    assert (line.climb.wanted, line.most) == (2, 4)
+
+
+def test_a_limit_that_is_no_power_of_two() -> None:
+    line = Line(Climb(3, 0.0), {1: 20, 2: 40, 3: 60})
+    line.run(10)
+    assert line.climb.wanted == 3
+
+
+def test_nothing_is_tried_when_it_is_not_the_network_that_is_slow() -> None:
+    line = Line(Climb(4, 0.0), {1: 20})
+    line.run(10, waiting=0.3)
+    assert (line.climb.wanted, line.climb.finding) == (1, None)
+
+
+def test_nothing_is_tried_for_the_last_seconds() -> None:
+    line = Line(Climb(4, 0.0), {1: 20}, size=20 * 4 * MIB)
+    line.run(4)
+    assert (line.climb.wanted, line.climb.finding) == (1, None)
+
+
+def test_a_host_that_gives_no_second_connection_proves_nothing() -> None:
+    line = Line(Climb(4, 0.0), {1: 20})
+    line.run(10, most=1)
+    assert (line.climb.wanted, line.climb.finding) == (1, None)
+
+
+def test_what_was_learned_is_used_at_once() -> None:
+    climb = Climb(4, 0.0, HostRecord(8, 5 * MIB, 0.0))
+    assert (climb.wanted, climb.rate, climb.is_over) == (4, 5 * MIB, True)
