@@ -18,7 +18,7 @@ from stowray.pipeline.tree_compare import compare_trees
 from stowray.pipeline.verify import verify
 from tests.support.chains import commit_chain
 from tests.support.plain_user import plain_directory, run_plain
-from tests.support.tars import archive, directory, file, hardlink, symlink
+from tests.support.tars import archive, device, directory, file, hardlink, symlink
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -180,6 +180,35 @@ def test_a_damaged_tree_is_named_by_path(store: Store, reason: str, path: str) -
     assert [damage.digest for damage in found] == [record.chain_id]
     assert reason in found[0].reason
     assert report.references == ((NAME, "linux/amd64", True),)
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.getuid() != 0, reason="only root gives files away and makes devices")
+def test_owners_and_devices_are_compared(store: Store) -> None:
+    record = put_image(store, NAME, archive(directory("./"), file("mine"), device("null", 1, 3)))
+    tree = tree_of(store, record)
+    os.chown(tree / "mine", 7, 8)
+    status = (tree / "null").stat()
+    (tree / "null").unlink()
+    os.mknod(tree / "null", status.st_mode, os.makedev(1, 5))
+    os.utime(tree / "null", ns=(status.st_mtime_ns, status.st_mtime_ns))
+    os.utime(tree, (1000, 1000))
+    found = {
+        damage.path.rpartition("/")[2]: damage.reason for damage in verify(store, deep=True).damaged
+    }
+    assert "owner (7:8 for 0:0)" in found["mine"]
+    assert "device number" in found["null"]
+
+
+def test_all_that_differs_in_one_file_is_named(store: Store) -> None:
+    record = put_image(store, NAME, BASE)
+    path = tree_of(store, record) / "other"
+    path.chmod(0o600)
+    path.write_bytes(b"longer than it was")
+    os.setxattr(path, "user.x", b"1")
+    (found,) = [damage for damage in verify(store, deep=True).damaged if damage.path == str(path)]
+    for reason in ("mode (0600 for", "size (18 for", "modification time", "extended attributes"):
+        assert reason in found.reason
 
 
 def test_a_tree_that_is_gone_is_damage(store: Store) -> None:
