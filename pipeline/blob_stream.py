@@ -15,6 +15,7 @@ from stowray.pipeline.redact import host_of, public_url
 
 if TYPE_CHECKING:
     import zlib
+    from collections.abc import Callable
 
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.response import Response
@@ -28,6 +29,11 @@ class RegistryBlob:
         self.source = source
         self._response = response
         self._decoder: zlib._Decompress | None = None
+        self._spend: Callable[[int], None] | None = None
+
+    def limit(self, spend: Callable[[int], None]) -> None:
+        """Call ``spend`` with the count of each piece, to wait in it as long as the piece lasts."""
+        self._spend = spend
 
     @property
     def served_by(self) -> str:
@@ -48,14 +54,21 @@ class RegistryBlob:
     def read(self, size: int = 1 << 18) -> bytes:
         """Return what has arrived, at most ``size`` bytes; none at the end."""
         if self._decoder is None:
-            return self._response.read_piece(size)
-        return self._decoded(self._decoder, size)
+            piece = self._response.read_piece(size)
+        else:
+            piece = self._decoded(self._decoder, size)
+        if self._spend is not None:
+            self._spend(len(piece))
+        return piece
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill the start of ``buffer`` with what has arrived; 0 at the end."""
         if self._decoder is None:
-            return self._response.read_into(buffer)
-        piece = self._decoded(self._decoder, len(buffer))
+            count = self._response.read_into(buffer)
+            if self._spend is not None:
+                self._spend(count)
+            return count
+        piece = self.read(len(buffer))
         buffer[: len(piece)] = piece
         return len(piece)
 

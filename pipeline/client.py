@@ -26,6 +26,7 @@ from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection, Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
+from stowray.pipeline.quota import Quota, read_quota
 from stowray.pipeline.redact import host_of, public_url, redact_text
 from stowray.pipeline.retry import retry_after
 
@@ -85,6 +86,7 @@ class Client:
         self._warned: set[str] = set()
         self._lock = threading.Lock()
         self._schemes: dict[tuple[str, bool], str] = {}
+        self._quotas: dict[str, Quota] = {}
         self._auth = Authenticator(self._ask_realm, credentials, trusted=plain_http, clock=clock)
 
     def request(
@@ -187,6 +189,15 @@ class Client:
             )
         response.close()
         raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+
+    def quota(self, host: str) -> Quota | None:
+        """Return how many requests ``host`` still allows, None when it has not told."""
+        with self._lock:
+            return self._quotas.get(host)
+
+    def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
+        """Wait as long as ``count`` more bytes from ``host`` have to last."""
+        self._limiter.spend(host, count, cancelled)
 
     def spare(self, host: str) -> int:
         """Return how many more exchanges for blobs ``host`` gets now without a wait."""
@@ -342,9 +353,21 @@ class Client:
             if seconds is not None:
                 # All threads slow down, not only the one that was told.
                 self._limiter.pause(host, seconds)
+        quota = read_quota(response)
+        if quota is not None:
+            self._heed(quota, host)
         for value in response.header_values("Warning"):
             self._show(parse_warning(value), host)
         return response
+
+    def _heed(self, quota: Quota, host: str) -> None:
+        """Keep what a registry told of its quota; near its end warn and slow down."""
+        with self._lock:
+            before = self._quotas.get(host)
+            self._quotas[host] = quota
+        self._limiter.space_documents(host, quota.gap_seconds)
+        if quota.is_low and (before is None or not before.is_low or quota.remaining == 0):
+            self._tell(f"{host}: {quota}")
 
     def _is_trusted(self, url: str) -> bool:
         scheme, host = url.partition(":")[0], host_of(url)
@@ -352,9 +375,12 @@ class Client:
         return any(canonical_address(scheme, known) == wanted for known in self._plain_http)
 
     def _show(self, text: str, host: str) -> None:
-        if not text or self._warn is None:
+        if text:
+            self._tell(f"{host} warns: {redact_text(text)}")
+
+    def _tell(self, shown: str) -> None:
+        if self._warn is None:
             return
-        shown = f"{host} warns: {redact_text(text)}"
         with self._lock:
             if shown in self._warned:
                 return

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
     from stowray.pipeline.progress import Progress, Report
+    from stowray.pipeline.quota import Quota
     from stowray.pipeline.registry import Registry
     from stowray.pipeline.resolve import Policy
     from stowray.pipeline.result import PullResult
@@ -81,6 +82,7 @@ class LocalEngine:
         self.store = store or Store.open(settings.store_path())
         self.snapshots = Snapshots(self.store)
         self.on_begin: Callable[[], None] | None = None
+        self.on_warning: Callable[[str], None] | None = None
         self._begun = False
         self._fork_workers = fork_workers
         self._lock = threading.Lock()
@@ -133,6 +135,13 @@ class LocalEngine:
         """Return the image and what a pull would do."""
         image = self.image(source, options, cancelled)
         return image, self._plan(image, options)
+
+    def quota(self, source: Source) -> Quota | None:
+        """Return how many requests the registry of ``source`` still allows, if it told us."""
+        registry = self._registry
+        if registry is None or isinstance(source, DiskImage):
+            return None
+        return registry.quota(source)
 
     def hold_image(
         self,
@@ -325,6 +334,10 @@ class LocalEngine:
 
         return run_plan(plan, submit, cancelled)
 
+    def _warn(self, text: str) -> None:
+        if self.on_warning is not None:
+            self.on_warning(text)
+
     def _put_damaged_aside(self, plan: Plan) -> bool:
         """Re-hash the blobs that a plan found present; return whether one was not what it said."""
         present = {layer.descriptor.digest for layer in plan.layers if layer.blob_present}
@@ -376,7 +389,7 @@ class LocalEngine:
                 else:
                     from stowray.pipeline.registry import Registry
 
-                    origin = self._registry = Registry(self.settings.registry)
+                    origin = self._registry = Registry(self.settings.registry, warn=self._warn)
                 side = self._sides[key] = (
                     origin,
                     Fetcher(self.store, [origin], self.settings.registry),

@@ -21,6 +21,7 @@ from stowray.pipeline.errors import (
     NotFoundError,
     RegistryError,
     SizeMismatchError,
+    StorageError,
     StowrayError,
     UnauthorizedError,
     UnavailableError,
@@ -101,6 +102,7 @@ class _Work:
     wrong: int = 0
     short: int = 0
     opened: bool = False
+    failure: tuple[Source, StowrayError] | None = None  # an earlier one, when this began
     writers: set[int] = field(default_factory=set)  # who wrote into this generation
 
     def tell(self, status: str, current: int) -> None:
@@ -140,6 +142,8 @@ class Fetcher:
         self._origins = tuple(origins)
         self._settings = settings or RegistrySettings()
         self._hosts = HostRecords(store.path, clock)
+        # By digest, for those that were waiting for the one that failed.
+        self._failures: dict[Digest, tuple[Source, StowrayError]] = {}
         self._clock = clock
         self._uniform = uniform
 
@@ -174,6 +178,7 @@ class Fetcher:
 
     def _bring(self, work: _Work) -> str:
         descriptor = work.descriptor
+        work.failure = self._failures.get(descriptor.digest)
         work.tell("waiting", 0)
         if self._store.has(descriptor.digest, descriptor.size):
             work.tell("exists", descriptor.size)
@@ -189,7 +194,15 @@ class Fetcher:
             if ingest.offset == descriptor.size and self._is_proven(ingest):
                 status = "exists"
             else:
-                self._download(work, ingest)
+                try:
+                    self._download(work, ingest)
+                except CancelledError:
+                    raise
+                except StowrayError as error:
+                    # Before the lock is free: who waits for it shall not try the same again.
+                    self._failures[descriptor.digest] = (work.reference, error)
+                    raise
+                self._failures.pop(descriptor.digest, None)
                 status = "done"
         self._store.confirm(descriptor.digest, work.reference.name)
         work.tell(status, descriptor.size)
@@ -207,6 +220,10 @@ class Fetcher:
             # ingest comes back complete.
             ingest = self._store.acquire(descriptor.digest, descriptor.size)
             if ingest is not None:
+                failed = self._failures.get(descriptor.digest)
+                if failed is not None and failed is not work.failure and _concerns(work, *failed):
+                    ingest.close()
+                    raise failed[1]
                 return ingest
             progress = self._arrived(descriptor.digest)
             if progress > shown:
@@ -452,6 +469,17 @@ def _places(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Plac
     for origin in origins:
         found += origin.places(reference) if isinstance(origin, Divisible) else [origin]
     return tuple(found)
+
+
+def _concerns(work: _Work, other: Source, error: StowrayError) -> bool:
+    """Return whether what failed for ``other`` would fail for this reference as well."""
+    if other.name == work.reference.name or isinstance(error, StorageError):
+        return True
+    if isinstance(error, NotFoundError | UnauthorizedError):
+        # Another repository may have it, or be open to this login.
+        return False
+    registry = getattr(other, "registry", None)
+    return registry is not None and registry == getattr(work.reference, "registry", None)
 
 
 def _blame(source: Origin | Place, error: StowrayError) -> None:

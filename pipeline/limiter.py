@@ -30,7 +30,7 @@ class _Host:
     not_before: float = 0.0
     next_request: float = 0.0
     document_gap: float = 0.0
-    next_document: float = 0.0
+    last_document: float = 0.0
     paid_until: float = 0.0  # when the bytes that came so far were due
 
 
@@ -97,7 +97,7 @@ class Limiter:
                 raise CancelledError(f"request to {host}")
             begin = max(state.not_before, state.next_request)
             if document:
-                begin = max(begin, state.next_document)
+                begin = max(begin, state.last_document + state.document_gap)
             rest = begin - self._clock.monotonic()
             free = (
                 state.documents < DOCUMENT_PERMITS if document else state.blobs < self._connections
@@ -118,7 +118,7 @@ class Limiter:
         if self._requests > 0:
             state.next_request = now + 1.0 / self._requests
         if document:
-            state.next_document = now + state.document_gap
+            state.last_document = now
 
     def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
         """Wait until ``count`` bytes more of ``host`` are within its share of the line."""

@@ -64,6 +64,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.client import Answer, Client
     from stowray.pipeline.endpoint import Endpoint
     from stowray.pipeline.endpoints import Operation
+    from stowray.pipeline.quota import Quota
     from stowray.pipeline.response import Response
     from stowray.pipeline.source import Source
 
@@ -182,11 +183,12 @@ class Registry:
         """Return the bytes that one endpoint sends; see :meth:`open_blob`."""
         named = _of_registry(reference)
         try:
-            return self._open_blob(endpoint, named, descriptor, offset, cancelled)
+            stream = self._open_blob(endpoint, named, descriptor, offset, cancelled)
         except NotFoundError:
             if not self._settings.foreign_urls or not descriptor.urls or not endpoint.home:
                 raise
-            return self._open_foreign(descriptor, cancelled)
+            stream = self._open_foreign(descriptor, cancelled)
+        return self._limited(stream, endpoint, cancelled)
 
     def open_range_at(
         self,
@@ -206,11 +208,18 @@ class Registry:
         answer = self._blob_request(endpoint, descriptor, ranged, cancelled)
         response = answer.response
         if response.status == 206 and is_usable_range(response, descriptor, start, end):
-            return RegistryBlob(response, start, endpoint.registry)
+            stream = RegistryBlob(response, start, endpoint.registry)
+            return self._limited(stream, endpoint, cancelled)
         if response.status in (200, 206, 416):
             response.close()
             return None
         raise to_error(answer.refusal(), **_about(endpoint, f"{named.name}@{descriptor.digest}"))
+
+    def quota(self, reference: Source) -> Quota | None:
+        """Return how many requests the reference's registry still allows, as far as it told."""
+        endpoints = self._endpoints.find(_of_registry(reference), "resolve")
+        told = [self._client.quota(endpoint.host) for endpoint in endpoints]
+        return next((quota for quota in told if quota is not None), None)
 
     def spare_connections(self, endpoint: Endpoint, host: str) -> int:
         """Return how many more blob requests to ``host`` would be let pass now."""
@@ -366,6 +375,14 @@ class Registry:
             endpoint=endpoint,
             cancelled=cancelled,
         )
+
+    def _limited(
+        self, stream: RegistryBlob, endpoint: Endpoint, cancelled: Callable[[], bool]
+    ) -> RegistryBlob:
+        if self._settings.bytes_per_second:
+            host = endpoint.host
+            stream.limit(lambda count: self._client.spend(host, count, cancelled))
+        return stream
 
     def _open_foreign(self, descriptor: Descriptor, cancelled: Callable[[], bool]) -> RegistryBlob:
         """Return a layer from one of its own URLs: as nobody, public https only."""

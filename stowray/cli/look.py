@@ -179,7 +179,11 @@ def plan_command(
 
     def make(text: str, cancelled: Callable[[], bool]) -> dict[str, Any]:
         image, plan = work.engine.plan(parse_source(text), options, cancelled)
-        return describe_plan(image, plan)
+        answer = describe_plan(image, plan)
+        quota = work.engine.quota(image.reference)
+        if quota is not None:
+            answer["quota"] = quota.to_dict()
+        return answer
 
     def show(answer: dict[str, Any]) -> None:
         if context.json:
@@ -242,6 +246,10 @@ def _plan_text(answer: dict[str, Any]) -> str:
             f"about {size_text(answer['disk_bytes'])} of disk"
         ),
     ]
+    quota = answer.get("quota")
+    if quota is not None:
+        of = "" if quota["limit"] is None else f" of {quota['limit']}"
+        lines.append(f"  quota {quota['remaining']}{of} requests are left")
     lines += [
         f"  {layer['digest'][:19]}  {size_text(layer['size']):>10}  "
         f"blob: {layer['blob']}  snapshot: {layer['snapshot']}  from {layer['source']}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self
@@ -38,6 +39,8 @@ class Work:
         self._handlers: dict[int, Any] = {}
         self.progress = Progress(node=context.settings.node_name)
         self.engine: LocalEngine = context.engine(self.progress, fork_workers=forks)
+        self._warnings: list[str] = []
+        self.engine.on_warning = self._warnings.append
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -47,6 +50,9 @@ class Work:
     def __exit__(self, *details: object) -> None:
         self.engine.close()
         self.progress.close()
+        if not self._context.value("quiet"):
+            for text in self._warnings:
+                print(f"stowray: warning: {text}", file=sys.stderr)  # noqa: T201
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 

@@ -9,6 +9,7 @@ import pytest
 from stowray.pipeline.engine import PullOptions
 from stowray.pipeline.errors import CancelledError, DigestMismatchError
 from stowray.pipeline.reference import Reference
+from stowray.pipeline.settings import RegistrySettings, UnpackSettings
 from tests.support.registry import FakeRegistry, Fault, incompressible
 from tests.support.small import local_engine, small_tar
 
@@ -112,6 +113,21 @@ def test_manifest_requests_are_what_the_registry_saw(tmp_path, refuses_heads) ->
             result = engine.pull(reference_of(registry, "a/b:1"), PullOptions(policy="always"))
             asked = registry.count("/manifests/") - before
             assert result.manifest_requests == asked >= 1 + refuses_heads
+
+
+def test_a_limit_of_one_everywhere_finishes_fifty_layers(tmp_path) -> None:
+    """Permits are held for one exchange only: whoever waits for another layer holds none."""
+    limits = {
+        "registry": RegistrySettings(connections=1, range_connections=1),
+        "unpack": UnpackSettings(workers=1),
+    }
+    layers = [small_tar({f"file{n}": b"%d" % n, "shared": b"%d" % n}) for n in range(50)]
+    with FakeRegistry(redirect=True) as registry, local_engine(tmp_path, **limits) as engine:
+        registry.add_image("a/b", "1", layers)
+        result = engine.pull(reference_of(registry, "a/b:1"), PullOptions())
+        assert len(result.layers) == 50
+        connections = {request.connection for request in registry.seen("/cdn/")}
+        assert len(connections) == 1
 
 
 def test_a_pull_that_finds_everything_starts_nothing(tmp_path) -> None:

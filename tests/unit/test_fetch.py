@@ -577,6 +577,55 @@ def test_many_threads_fetch_a_blob_once(bench: Bench) -> None:
     assert bench.holds()
 
 
+def wait_together(bench: Bench, names: list[str], status: int) -> list[StowrayError | Fetched]:
+    """Fetch in several threads: the first one's request fails when all others wait for it."""
+    fetcher = bench.fetcher()
+    results: list[StowrayError | Fetched] = []
+    reports = [Reports() for _ in names]
+
+    def everybody_waits() -> None:
+        while not all(report.seen for report in reports):
+            bench.fake._closing.wait(0.01)
+
+    path = f"/v2/{names[0]}/blobs/"
+    bench.fake.fault(path, Fault(status=status, body=b"no", then=everybody_waits))
+
+    def work(name: str, report: Reports) -> None:
+        reference = Reference.parse(f"{bench.fake.host}/{name}:1")
+        try:
+            results.append(fetcher.fetch(reference, BLOB, report=report))
+        except StowrayError as error:
+            results.append(error)
+
+    threads = [
+        threading.Thread(target=work, args=arguments)
+        for arguments in zip(names, reports, strict=True)
+    ]
+    threads[0].start()
+    bench.fake.wait_for("/blobs/")
+    for thread in threads[1:]:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_those_who_wait_for_one_that_fails_get_its_cause(bench: Bench) -> None:
+    results = wait_together(bench, [NAME] * 10, 400)
+    assert bench.fake.count("/blobs/") == 1
+    assert all(isinstance(error, RegistryError) for error in results)
+    assert len({str(error) for error in results}) == 1
+    # It is no verdict for ever.
+    assert bench.fetch().fetched_bytes == SIZE
+
+
+def test_a_cause_that_is_another_repository_s_is_not_shared(bench: Bench) -> None:
+    results = wait_together(bench, ["secret/app", NAME, NAME], 404)
+    failed = [result for result in results if isinstance(result, NotFoundError)]
+    assert (len(failed), len(results)) == (1, 3)
+    assert bench.holds()
+
+
 def test_a_dead_writer_is_taken_over(bench: Bench) -> None:
     writer = """
         import sys
