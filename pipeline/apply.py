@@ -66,6 +66,7 @@ class LayerApplier:
         self._keeps_parent = lower is None or not lower.lowers
         self._parent = self.tree.root
         self._removals = 0
+        self._attributes: dict[Attributes, Attributes] = {}
         self._copies = CopyUp(self.tree, lower) if lower is not None else None
 
     def apply(self, entry: Entry) -> None:
@@ -129,7 +130,7 @@ class LayerApplier:
             # CVE-2021-29136: a symlink entry for the root led all others out of it.
             raise LayerError(escape(entry.name), "is an entry for the root that is no directory")
         self.tree.root.state = ENTERED
-        self.tree.root.attributes = _attributes(entry)
+        self._describe(self.tree.root, entry)
 
     def _aufs(
         self, parents: list[bytes], base: bytes, entry: Entry
@@ -176,8 +177,14 @@ class LayerApplier:
         elif child.state == PHANTOM:
             self.tree.materialise(child)
         child.state = ENTERED
-        child.inherits = False
-        child.attributes = _attributes(entry)
+        self._describe(child, entry)
+
+    def _describe(self, directory: Directory, entry: Entry) -> None:
+        attributes = Attributes(entry.mode, entry.uid, entry.gid, entry.xattrs)
+        if entry.xattrs is None:
+            attributes = self._attributes.setdefault(attributes, attributes)
+        directory.attributes = attributes
+        directory.mtime_ns = entry.mtime_ns
 
     def _hardlink(self, here: Directory, base: bytes, entry: Entry) -> None:
         source = _split(entry.linkname)
@@ -275,7 +282,3 @@ def _lies_in(directory: Directory, here: Directory, base: bytes) -> bool:
             return True
         directory = directory.parent
     return False
-
-
-def _attributes(entry: Entry) -> Attributes:
-    return Attributes(entry.mode, entry.uid, entry.gid, entry.mtime_ns, entry.xattrs)

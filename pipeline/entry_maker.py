@@ -205,12 +205,10 @@ class EntryMaker:
         tree_ops.set_times(directory, base, entry.mtime_ns)
 
     def _record(self, here: Directory, base: bytes, entry: Entry, file_type: int) -> None:
-        if here.records is None:
-            here.records = {}
         device = (entry.devmajor, entry.devminor)
         # The mode of a symlink is always the same on Linux, whatever the tar says.
         mode = 0o777 if file_type == stat.S_IFLNK else entry.mode
-        here.records[base] = Record(
+        self.tree.records.setdefault(here, {})[base] = Record(
             file_type, mode, entry.uid, entry.gid, entry.mtime_ns, device, {}
         )
 
@@ -224,8 +222,8 @@ class EntryMaker:
     ) -> None:
         """Set the attributes of an entry, and record those that a plain user may not set."""
         failed = self._set_xattrs(target, here.child_path(base), xattrs, file_type)
-        if failed and not self.privileged and here.records is not None:
-            here.records[base].xattrs.update(failed)
+        if failed and not self.privileged:
+            self.tree.records[here][base].xattrs.update(failed)
 
     def _set_xattrs(
         self, target: int | bytes, path: bytes, xattrs: dict[bytes, bytes], file_type: int
@@ -260,11 +258,9 @@ class EntryMaker:
         source, target = self.tree.descriptor(parent), self.tree.descriptor(here)
         # Without follow_symlinks=False linkat(2) would link what a symlink leads to, also outside.
         os.link(name, base, src_dir_fd=source, dst_dir_fd=target, follow_symlinks=False)
-        record = parent.records.get(name) if parent.records is not None else None
+        record = self.tree.records.get(parent, {}).get(name)
         if record is not None:
-            if here.records is None:
-                here.records = {}
-            here.records[base] = record
+            self.tree.records.setdefault(here, {})[base] = record
 
     def write_whiteouts(self, directory: Directory) -> None:
         """Put the whiteouts of a directory on disk."""
@@ -293,7 +289,8 @@ class EntryMaker:
             self._mark(descriptor, OPAQUE, b"y")
         if directory.parent is None and directory.state != ENTERED:
             self._mark(descriptor, IMPLIED_ROOT, b"")
-        mode, uid, gid, mtime_ns, xattrs = directory.attributes
+        mode, uid, gid, xattrs = directory.attributes
+        mtime_ns = directory.mtime_ns
         if self.privileged and (uid, gid) != self._owner:
             os.fchown(descriptor, uid, gid)
         failed: dict[bytes, bytes] = {}
@@ -313,6 +310,6 @@ class EntryMaker:
         """Yield the entry list of a tree made as a plain user, by path."""
         yield from self._directory_records
         for directory in self.tree.bottom_up():
-            if directory.state != PHANTOM and directory.records:
-                for name, record in directory.records.items():
+            if directory.state != PHANTOM and directory in self.tree.records:
+                for name, record in self.tree.records[directory].items():
                     yield directory.child_path(name), record

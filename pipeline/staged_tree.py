@@ -34,18 +34,20 @@ ENTERED: Final = 2
 
 
 class Attributes(NamedTuple):
-    """What is set on a directory when everything in it is done."""
+    """What is set on a directory when everything in it is done; directories share equal ones."""
 
     mode: int
     uid: int
     gid: int
-    mtime_ns: int
     xattrs: dict[bytes, bytes] | None
 
 
 # For implied parents that nothing below gives attributes to. The time is fixed, so that the same
 # layers give the same tree wherever and whenever they are staged.
-DEFAULT_ATTRIBUTES: Final = Attributes(0o755, *OWNER, 0, None)
+DEFAULT_ATTRIBUTES: Final = Attributes(0o755, *OWNER, None)
+DEFAULT_MTIME: Final = 0
+# Stands in until it is known what the directory below has, if there is one.
+INHERITED: Final = Attributes(*DEFAULT_ATTRIBUTES)
 
 
 class DependsOnBelowError(Exception):
@@ -53,17 +55,20 @@ class DependsOnBelowError(Exception):
 
 
 class Directory:
-    """A directory of the layer. ``fresh``: nothing of the directory below shows through."""
+    """A directory of the layer. ``fresh``: nothing of the directory below shows through.
+
+    A layer may have millions of them: this, its name and its place in its parent are all that one
+    costs in memory.
+    """
 
     __slots__ = (
         "attributes",
         "children",
         "descriptor",
         "fresh",
-        "inherits",
+        "mtime_ns",
         "name",
         "parent",
-        "records",
         "state",
         "whiteouts",
     )
@@ -73,14 +78,17 @@ class Directory:
         self.name = name
         self.state = state
         self.fresh = False
-        # Its attributes are those of the directory below, if there is one.
-        self.inherits = False
         self.descriptor = -1
         self.attributes = DEFAULT_ATTRIBUTES
+        self.mtime_ns = DEFAULT_MTIME
         # Most directories hold only files: they share one empty mapping.
         self.children: dict[bytes, Directory] = _NO_CHILDREN
         self.whiteouts: set[bytes] | None = None
-        self.records: dict[bytes, Record] | None = None
+
+    @property
+    def inherits(self) -> bool:
+        """Whether its attributes are those of the directory below, if there is one."""
+        return self.attributes is INHERITED
 
     def add(self, child: Directory) -> None:
         """Enter a directory below this one."""
@@ -118,7 +126,8 @@ _NO_CHILDREN: Final[dict[bytes, Directory]] = {}
 class StagedTree:
     """Resolves and makes the directories of a layer; ``lower`` is what lies below, if it is known.
 
-    ``assumed`` collects each directory that was taken for something that is no symlink below,
+    ``records`` holds what the entry list is to say of names that are no directories. ``assumed``
+    collects each directory that was taken for something that is no symlink below,
     ``walked`` the paths of those that no directory was made for.
     """
 
@@ -127,6 +136,7 @@ class StagedTree:
         self.lower = lower
         self.root = Directory(None, b"", IMPLIED)
         self.root.descriptor = os.open(directory, tree_ops.OPEN_DIRECTORY)
+        self.records: dict[Directory, dict[bytes, Record]] = {}
         self.assumed: list[Directory] = []
         self.walked: set[bytes] = set()
         # Counts removals: a path that was resolved before one may lead elsewhere after it.
@@ -266,10 +276,9 @@ class StagedTree:
         if node is not None and node.is_directory:
             child = Directory(here, name, PHANTOM)
             here.add(child)
-            child.inherits = True
-            child.attributes = Attributes(
-                node.mode, node.uid, node.gid, node.mtime_ns, self.lower.xattrs(node)
-            )
+            xattrs = self.lower.xattrs(node)
+            child.attributes = Attributes(node.mode, node.uid, node.gid, xattrs)
+            child.mtime_ns = node.mtime_ns
             return None, child, True
         return None, None, True
 
@@ -290,7 +299,7 @@ class StagedTree:
         for name in beyond:
             child = Directory(here, name, PHANTOM)
             here.add(child)
-            child.inherits = True
+            child.attributes = INHERITED
             self.assumed.append(child)
             here = child
         return here
@@ -325,7 +334,7 @@ class StagedTree:
             child.fresh = True
             os.mkdir(name, 0o700, dir_fd=descriptor)
         if not certain:
-            child.inherits = True
+            child.attributes = INHERITED
             self.assumed.append(child)
         here.add(child)
         return child
@@ -342,8 +351,8 @@ class StagedTree:
             child = missing.pop()
             if hidden:
                 # It was removed, with all else from below, after it had been noted.
-                child.inherits = False
                 child.attributes = DEFAULT_ATTRIBUTES
+                child.mtime_ns = DEFAULT_MTIME
             if child.parent is not None:
                 os.mkdir(child.name, 0o700, dir_fd=self.descriptor(child.parent))
             child.state = IMPLIED
@@ -352,8 +361,8 @@ class StagedTree:
         """Remove what is no directory; its record goes with it."""
         self.removals += 1
         os.unlink(name, dir_fd=self.descriptor(here))
-        if here.records is not None:
-            here.records.pop(name, None)
+        if here in self.records:
+            self.records[here].pop(name, None)
 
     def remove_directory(self, directory: Directory) -> None:
         """Remove a directory and all in it, on disk as far as it is there."""
