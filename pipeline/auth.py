@@ -24,7 +24,8 @@ from stowray.pipeline.tokens import Token, TokenRequest, ask, merge_scopes, pars
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from stowray.pipeline.credentials import Credential, Credentials
+    from stowray.pipeline.credential import Credential
+    from stowray.pipeline.credentials import Credentials
     from stowray.pipeline.response import Headers, Response
 
     Send = Callable[[str, str, Headers, bytes | None, "Resource"], Response]
@@ -110,7 +111,7 @@ class Authenticator:
             scopes = self._needed.get((resource.host, resource.scope), (resource.scope,))
         if demand is None:
             return Grant()
-        credential = self._credential(resource)
+        credential = self._credential(resource, cancelled)
         secrets = credential.secrets if credential is not None else ()
         if demand.scheme == "basic":
             if credential is None or not credential.password:
@@ -129,6 +130,7 @@ class Authenticator:
         headers: Iterable[str],
         sent: Grant,
         ask_for_challenge: Callable[[], Iterable[str]],
+        cancelled: Callable[[], bool] = lambda: False,
     ) -> None:
         """Learn from a 401, so that the next ``grant`` is better; raise when it cannot be.
 
@@ -147,7 +149,7 @@ class Authenticator:
             reason = f"it asks for {names}, which is not spoken here" if names else "401"
             raise UnauthorizedError(resource.registry, resource.scope, reason)
         if challenge.scheme == "basic":
-            self._challenged_basic(resource, sent)
+            self._challenged_basic(resource, sent, cancelled)
         else:
             self._challenged_bearer(resource, challenge, sent)
 
@@ -159,8 +161,10 @@ class Authenticator:
         self._drop(resource, sent.token)
         return True
 
-    def _challenged_basic(self, resource: Resource, sent: Grant) -> None:
-        credential = self._credential(resource)
+    def _challenged_basic(
+        self, resource: Resource, sent: Grant, cancelled: Callable[[], bool]
+    ) -> None:
+        credential = self._credential(resource, cancelled)
         if sent.header.startswith("Basic "):
             raise UnauthorizedError(resource.registry, resource.scope, "the login is refused")
         if credential is None or not credential.password:
@@ -196,10 +200,10 @@ class Authenticator:
             if asked:
                 self._needed[key] = asked
 
-    def _credential(self, resource: Resource) -> Credential | None:
+    def _credential(self, resource: Resource, cancelled: Callable[[], bool]) -> Credential | None:
         if resource.anonymous:
             return None
-        return self._credentials.find(resource.registry, resource.repository)
+        return self._credentials.find(resource.registry, resource.repository, cancelled)
 
     def _token(
         self,

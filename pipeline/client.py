@@ -161,6 +161,7 @@ class Client:
                     answer.response.header_values("WWW-Authenticate"),
                     grant,
                     partial(self._root_challenge, resource, cancelled),
+                    cancelled,
                 )
                 continue
             if status in (400, 403) and not renewed and method == "GET":

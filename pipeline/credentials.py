@@ -1,8 +1,7 @@
 """Logins: the files and helpers in which other tools keep them.
 
-Invariant: files are read only, nothing is ever written; a helper is run at most once per run and
-key, within a deadline; a credential shows itself in no ``repr``. The most specific namespace wins,
-and within one file helpers for the host come before the store of all hosts, and that before plain
+Invariant: files are read only, nothing is ever written. The most specific namespace wins, and
+within one file helpers for the host come before the store of all hosts, and that before plain
 entries (docker-config(5), containers-auth.json(5)).
 """
 
@@ -13,60 +12,33 @@ import binascii
 import json
 import re
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stowray.pipeline.errors import UnauthorizedError, UsageError
-from stowray.pipeline.redact import redact_text
+from stowray.pipeline.credential import TOKEN_USER, Credential
+from stowray.pipeline.credential_helpers import HELPER_SECONDS, CredentialHelpers
+from stowray.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
 HUB = "docker.io"
 HUB_KEY = "https://index.docker.io/v1/"
-HELPER_SECONDS = 30.0
 FILE_LIMIT = 4 << 20
-NOT_FOUND = "credentials not found in native keychain"
-TOKEN_USER = "<token>"
 
 _SUFFIX = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-
-
-@dataclass(frozen=True, slots=True)
-class Credential:
-    """A login: name and password, or an identity token, or a ready registry token."""
-
-    username: str = ""
-    password: str = field(default="", repr=False)
-    identity_token: str = field(default="", repr=False)
-    registry_token: str = field(default="", repr=False)
-
-    @property
-    def identity(self) -> str:
-        """Return a name for cache keys: tokens of one login are never used for another."""
-        import hashlib
-
-        parts = (self.username, self.password, self.identity_token, self.registry_token)
-        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
-
-    @property
-    def basic(self) -> str:
-        """Return the value of an ``Authorization`` header of scheme Basic (RFC 7617)."""
-        pair = f"{self.username}:{self.password}".encode()
-        return "Basic " + base64.b64encode(pair).decode("ascii")
-
-    @property
-    def secrets(self) -> tuple[str, ...]:
-        """Return what must not be shown."""
-        known = (self.password, self.identity_token, self.registry_token)
-        return tuple(filter(None, (*known, self.basic.partition(" ")[2] if self.password else "")))
 
 
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
     explicit: bool
+
+
+def never() -> bool:
+    """Return False: nobody cancels."""
+    return False
 
 
 class Credentials:
@@ -79,39 +51,37 @@ class Credentials:
         *,
         helper_seconds: float = HELPER_SECONDS,
     ) -> None:
-        self._environment = dict(environment)
         self._files = _files(environment, authfile)
-        self._helper_seconds = helper_seconds
+        self._helpers = CredentialHelpers(environment, helper_seconds)
         self._lock = threading.Lock()
         self._documents: dict[Path, dict[str, Any]] = {}
-        self._answers: dict[tuple[str, str], Credential | None] = {}
 
-    def find(self, registry: str, repository: str = "") -> Credential | None:
+    def find(
+        self, registry: str, repository: str = "", cancelled: Callable[[], bool] = never
+    ) -> Credential | None:
         """Return the login for a repository of a registry, ``None`` for nobody."""
-        with self._lock:
-            for file in self._files:
-                found = self._find_in(file, registry, repository)
-                if found is not None:
-                    return found
+        for file in self._files:
+            found = self._find_in(file, registry, repository, cancelled)
+            if found is not None:
+                return found
         return None
 
     def forget(self, registry: str) -> None:
         """Ask helpers for ``registry`` anew: what they said has expired."""
-        with self._lock:
-            keys = set(_host_keys(registry))
-            self._answers = {
-                known: answer for known, answer in self._answers.items() if known[1] not in keys
-            }
+        self._helpers.forget(_host_keys(registry))
 
-    def _find_in(self, file: _File, registry: str, repository: str) -> Credential | None:
-        document = self._read(file)
+    def _find_in(
+        self, file: _File, registry: str, repository: str, cancelled: Callable[[], bool]
+    ) -> Credential | None:
+        with self._lock:
+            document = self._read(file)
         helpers = _table(document, "credHelpers", file.path)
         for key in _host_keys(registry):
             if isinstance(suffix := helpers.get(key), str) and suffix:
-                return self._ask(file, suffix, _server(registry), registry)
+                return self._ask(file, suffix, registry, cancelled)
         store = document.get("credsStore")
         if isinstance(store, str) and store:
-            found = self._ask(file, store, _server(registry), registry)
+            found = self._ask(file, store, registry, cancelled)
             if found is not None:
                 return found
         return _plain(_table(document, "auths", file.path), file.path, registry, repository)
@@ -122,55 +92,12 @@ class Credentials:
             document = self._documents[file.path] = _load(file)
         return document
 
-    def _ask(self, file: _File, suffix: str, server: str, registry: str) -> Credential | None:
+    def _ask(
+        self, file: _File, suffix: str, registry: str, cancelled: Callable[[], bool]
+    ) -> Credential | None:
         if not _SUFFIX.fullmatch(suffix):
             raise UsageError(str(file.path), f"{suffix!r} is not the name of a credential helper")
-        known = (suffix, server)
-        if known not in self._answers:
-            self._answers[known] = self._run(suffix, server, registry)
-        return self._answers[known]
-
-    def _run(self, suffix: str, server: str, registry: str) -> Credential | None:
-        import subprocess
-
-        program = f"docker-credential-{suffix}"
-        try:
-            done = subprocess.run(
-                [program, "get"],
-                input=server.encode(),
-                capture_output=True,
-                timeout=self._helper_seconds,
-                check=False,
-                env=self._environment,
-            )
-        except subprocess.TimeoutExpired as error:
-            reason = f"{program} gave no answer in {self._helper_seconds:g} s"
-            raise UnauthorizedError(registry, "", reason) from error
-        except OSError as error:
-            reason = f"{program} cannot be run: {error.strerror}"
-            raise UnauthorizedError(registry, "", reason) from error
-        if done.returncode != 0:
-            said = (done.stdout[:4096] + b" " + done.stderr[:4096]).decode("utf-8", "replace")
-            if NOT_FOUND in said:
-                return None
-            raise UnauthorizedError(registry, "", f"{program} failed: {redact_text(said)}")
-        return _helper_answer(program, done.stdout, registry)
-
-
-def _helper_answer(program: str, output: bytes, registry: str) -> Credential | None:
-    try:
-        answer = json.loads(output)
-        username, secret = answer["Username"], answer["Secret"]
-    except (ValueError, RecursionError, KeyError, TypeError) as error:
-        # Not the error's text: it may quote the secret.
-        raise UnauthorizedError(registry, "", f"{program} answered something else") from error
-    if not isinstance(username, str) or not isinstance(secret, str):
-        raise UnauthorizedError(registry, "", f"{program} answered something else")
-    if not secret:
-        return None
-    if username == TOKEN_USER:
-        return Credential(identity_token=secret)
-    return Credential(username, secret)
+        return self._helpers.ask(suffix, _server(registry), registry, cancelled)
 
 
 def _files(environment: Mapping[str, str], authfile: str) -> tuple[_File, ...]:

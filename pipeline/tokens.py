@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
-from stowray.pipeline.credentials import TOKEN_USER, Credential
+from stowray.pipeline.credential import TOKEN_USER, Credential
 from stowray.pipeline.errors import (
     RegistryError,
     StowrayError,

@@ -3,15 +3,15 @@ from __future__ import annotations
 import base64
 import json
 import pickle
-from typing import TYPE_CHECKING, Any
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from stowray.pipeline.credentials import HUB_KEY, Credential, Credentials
-from stowray.pipeline.errors import UnauthorizedError, UsageError
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from stowray.pipeline.credential import Credential
+from stowray.pipeline.credentials import HUB_KEY, Credentials
+from stowray.pipeline.errors import CancelledError, UnauthorizedError, UsageError
 
 SECRET = "hunter2hunter2"
 
@@ -272,3 +272,56 @@ def test_a_login_does_not_show_itself() -> None:
     assert SECRET not in str([credential])
     assert credential.identity != Credential("user", "other").identity
     assert SECRET not in credential.identity
+
+
+def test_a_helper_that_fails_is_not_asked_again(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    helper(tmp_path / "bin", "bad", f"echo run >> {log}; exit 1")
+    credentials = with_helpers(tmp_path, {"credsStore": "bad"})
+    for _ in range(3):
+        with pytest.raises(UnauthorizedError):
+            credentials.find("r.example")
+    assert log.read_text().count("run") == 1
+    credentials.forget("r.example")
+    with pytest.raises(UnauthorizedError):
+        credentials.find("r.example")
+    assert log.read_text().count("run") == 2
+
+
+def test_a_helper_that_hangs_holds_up_nobody_else_and_can_be_cancelled(tmp_path: Path) -> None:
+    started = tmp_path / "started"
+    # exec: what is killed is what hangs.
+    helper(tmp_path / "bin", "slow", f"echo $$ > {started}; exec sleep 600")
+    helper(tmp_path / "bin", "fast", """echo '{"Username":"u","Secret":"s"}'""")
+    document = {
+        "credHelpers": {"slow.example": "slow", "fast.example": "fast"},
+        "auths": {"plain.example": auth("u", "p")},
+    }
+    file = write(tmp_path / "config.json", document)
+    environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"}
+    credentials = Credentials(environment, file, helper_seconds=300)
+    enough = threading.Event()
+    ended: list[type[BaseException]] = []
+
+    def wait() -> None:
+        try:
+            credentials.find("slow.example", cancelled=enough.is_set)
+        except CancelledError as error:
+            ended.append(type(error))
+
+    threads = [threading.Thread(target=wait) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    while not (started.exists() and started.read_text().endswith("\n")):
+        enough.wait(0.01)
+    assert credentials.find("fast.example") == Credential("u", "s")
+    assert credentials.find("plain.example") == Credential("u", "p")
+    enough.set()
+    for thread in threads:
+        thread.join(60)
+    assert ended == [CancelledError] * 3
+    # It is gone, and was one for all three.
+    process = Path(f"/proc/{started.read_text().strip()}")
+    while process.exists():
+        enough.clear()
+        enough.wait(0.01)

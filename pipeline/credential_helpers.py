@@ -1,0 +1,156 @@
+"""Programs that give out logins: ``docker-credential-NAME get``.
+
+Invariant: a helper runs at most once per run and server, whether it succeeds or not, unless its
+answer has expired; it ends within its deadline, and at once when nobody waits for it any more;
+nobody who asks for something else waits for it. What it says is shown redacted, and its answer is
+never quoted.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from typing import TYPE_CHECKING, Final
+
+from stowray.pipeline.credential import TOKEN_USER, Credential
+from stowray.pipeline.errors import CancelledError, UnauthorizedError
+from stowray.pipeline.flight import SingleFlight
+from stowray.pipeline.redact import redact_text
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable, Collection, Mapping
+
+HELPER_SECONDS: Final = 30.0
+POLL_SECONDS: Final = 0.05
+OUTPUT_LIMIT: Final = 4096
+NOT_FOUND: Final = "credentials not found in native keychain"
+
+
+class CredentialHelpers:
+    """Asks helpers; thread-safe."""
+
+    def __init__(self, environment: Mapping[str, str], seconds: float = HELPER_SECONDS) -> None:
+        self._environment = dict(environment)
+        self._seconds = seconds
+        self._lock = threading.Lock()
+        self._answers: dict[tuple[str, str], Credential | UnauthorizedError | None] = {}
+        self._flights: SingleFlight[Credential | UnauthorizedError | None] = SingleFlight(0)
+
+    def ask(
+        self, suffix: str, server: str, registry: str, cancelled: Callable[[], bool]
+    ) -> Credential | None:
+        """Return the login that a helper has for ``server``, None when it has none.
+
+        Raises UnauthorizedError when the helper fails, CancelledError soon after ``cancelled()``.
+        """
+        key = (suffix, server)
+
+        def fly(abandoned: Callable[[], bool]) -> Credential | UnauthorizedError | None:
+            with self._lock:
+                if key in self._answers:
+                    # Landed between the look below and this flight.
+                    return self._answers[key]
+            answer: Credential | UnauthorizedError | None
+            try:
+                answer = self._run(f"docker-credential-{suffix}", server, registry, abandoned)
+            except UnauthorizedError as error:
+                answer = error
+            with self._lock:
+                self._answers[key] = answer
+            return answer
+
+        with self._lock:
+            is_known, answer = key in self._answers, self._answers.get(key)
+        if not is_known:
+            answer = self._flights.do(key, fly, cancelled)
+        if isinstance(answer, UnauthorizedError):
+            raise answer
+        return answer
+
+    def forget(self, servers: Collection[str]) -> None:
+        """Ask anew for ``servers`` from now on: what was said of them has expired."""
+        with self._lock:
+            self._answers = {
+                known: answer for known, answer in self._answers.items() if known[1] not in servers
+            }
+
+    def _run(
+        self, program: str, server: str, registry: str, abandoned: Callable[[], bool]
+    ) -> Credential | None:
+        import subprocess
+
+        try:
+            process = subprocess.Popen(
+                [program, "get"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env=self._environment,
+            )
+        except OSError as error:
+            reason = f"{program} cannot be run: {error.strerror}"
+            raise UnauthorizedError(registry, "", reason) from error
+        try:
+            output, errors = self._communicate(process, server, abandoned)
+        except TimeoutError as error:
+            reason = f"{program} gave no answer in {self._seconds:g} s"
+            raise UnauthorizedError(registry, "", reason) from error
+        finally:
+            _end(process)
+        if process.returncode != 0:
+            said = output[:OUTPUT_LIMIT] + b" " + errors[:OUTPUT_LIMIT]
+            text = said.decode("utf-8", "replace")
+            if NOT_FOUND in text:
+                return None
+            raise UnauthorizedError(registry, "", f"{program} failed: {redact_text(text)}")
+        return parse_answer(program, output, registry)
+
+    def _communicate(
+        self, process: subprocess.Popen[bytes], server: str, abandoned: Callable[[], bool]
+    ) -> tuple[bytes, bytes]:
+        import subprocess
+
+        end = time.monotonic() + self._seconds
+        told: bytes | None = server.encode()
+        while True:
+            if abandoned():
+                raise CancelledError("credential helper")
+            try:
+                return process.communicate(told, timeout=POLL_SECONDS)
+            except subprocess.TimeoutExpired:
+                told = None
+                if time.monotonic() >= end:
+                    raise TimeoutError from None
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Let neither the process nor its pipes stay; a child of its own may keep those open."""
+    if process.poll() is None:
+        process.kill()
+        process.wait()
+    for pipe in (process.stdin, process.stdout, process.stderr):
+        if pipe is not None and not pipe.closed:
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                # It never read what it was told.
+                continue
+
+
+def parse_answer(program: str, output: bytes, registry: str) -> Credential | None:
+    """Return the login in a helper's answer; UnauthorizedError when there is none to be read."""
+    try:
+        answer = json.loads(output)
+        username, secret = answer["Username"], answer["Secret"]
+    except (ValueError, RecursionError, KeyError, TypeError):
+        # Not with its cause: that may quote the secret.
+        raise UnauthorizedError(registry, "", f"{program} answered something else") from None
+    if not isinstance(username, str) or not isinstance(secret, str):
+        raise UnauthorizedError(registry, "", f"{program} answered something else")
+    if not secret:
+        return None
+    if username == TOKEN_USER:
+        return Credential(identity_token=secret)
+    return Credential(username, secret)
