@@ -77,9 +77,12 @@ format: setup  ## put the sources in form
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# tests/conftest.py puts tests/real and tests/cluster into one group, which one worker runs one by one.
+# The unit tests on all workers; then those with real parts, which share one registry and one Ray.
 test: setup deps  ## every test
-	$(PYTEST) -n $(WORKERS) --dist loadgroup $(PYTEST_ARGS)
+	status=0; \
+	$(PYTEST) -n $(WORKERS) tests/unit $(PYTEST_ARGS) || status=$$?; \
+	$(PYTEST) tests/cluster tests/real $(PYTEST_ARGS) || status=$$?; \
+	exit $$status
 
 test-unit: setup  ## the unit tests only
 	$(PYTEST) -n $(WORKERS) tests/unit $(PYTEST_ARGS)

@@ -15,17 +15,10 @@ from tests.support.catalogue import Catalogue
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-TESTS = Path(__file__).parent
-ONE_BY_ONE = (TESTS / "real", TESTS / "cluster")
 
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Keep the heavy tests on one worker, and say why a test cannot run here."""
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Say why a test cannot run here."""
     for item in items:
-        if any(folder in item.path.parents for folder in ONE_BY_ONE):
-            # Read by pytest-xdist (`--dist loadgroup`): one group is run by one worker, in order.
-            item.add_marker(pytest.mark.xdist_group("one-by-one"))
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         wanted = item.get_closest_marker("peers")
