@@ -46,9 +46,10 @@ def test_a_name_with_parentheses_and_spaces_is_read_right(tmp_path: Path) -> Non
     program = tmp_path / "a) S 1 (b"
     program.symlink_to("/bin/sleep")
     with subprocess.Popen([program, "600"]) as child:
-        own = Process.own()
-        assert [found.pid for found in processes.children(own.pid)] == [child.pid]
+        found = [process.pid for process in processes.children(Process.own().pid)]
         child.kill()
+    # Other tests of this process may have children of their own.
+    assert child.pid in found
 
 
 def test_descendants_are_all_below_and_no_others() -> None:
