@@ -13,17 +13,53 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.clock import Boot
 from stowray.pipeline.digest import Digest
-from stowray.pipeline.errors import UsageError
+from stowray.pipeline.errors import CancelledError, DigestMismatchError, NodeError, UsageError
 from stowray.pipeline.limits import LayerLimits
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
 
 # The owner cancels a stage whose fetch has failed, and its death ends the worker: as long as it
 # lives and does not cancel, the blob's writer may be waiting its turn at a rate-limited registry.
 FOLLOW_SECONDS = 24 * 3600.0
+
+
+TRIES = 8
+
+
+def prove_diff_id(
+    open_read: Callable[[], AbstractContextManager[Callable[[], bytes]]],
+    diff_id: Digest,
+    blob: Digest,
+    limits: LayerLimits,
+    cancelled: Callable[[], bool],
+) -> None:
+    """Raise DigestMismatchError unless ``blob`` is, uncompressed, what ``diff_id`` names.
+
+    For a blob whose layer need not be staged, because another blob brought the same one.
+    """
+    from stowray.pipeline.compress import decompress
+    from stowray.pipeline.ingest import GenerationChanged
+
+    for _ in range(TRIES):
+        hasher = diff_id.hasher()
+        try:
+            with open_read() as read:
+                inflate = decompress(read, limits)
+                while chunk := inflate():
+                    hasher.update(chunk)
+                    if cancelled():
+                        raise CancelledError(f"layer {diff_id}")
+        except GenerationChanged:
+            continue
+        actual = f"{diff_id.algorithm}:{hasher.hexdigest()}"
+        if actual != diff_id:
+            raise DigestMismatchError(f"layer {diff_id} of blob {blob}", diff_id, actual)
+        return
+    raise NodeError(f"layer {diff_id}", f"wrong bytes arrived {TRIES} times in a row")
 
 
 class LayerTasks:
@@ -76,6 +112,8 @@ class LayerTasks:
                 diff_id, open_read, limits=limits, cancelled=cancelled, interrupt=interrupted.set
             )
             existed, unpacked = staged.existed, staged.unpacked_size
+            if existed and not snapshots.knows(diff_id, digest):
+                prove_diff_id(open_read, diff_id, digest, limits, cancelled)
         elif operation == "commit":
             parent = arguments["parent"]
             snapshot = snapshots.commit(

@@ -138,25 +138,37 @@ def _fetch_steps(
     }
 
 
+def stage_id(diff_id: Digest | str, blob: Digest | str) -> str:
+    """Return the ID of the step that stages ``blob`` as the layer ``diff_id``."""
+    return f"stage:{diff_id}:{blob}"
+
+
 def _unpack_steps(layers: tuple[LayerPlan, ...], fetches: dict[Digest, Step]) -> list[Step]:
-    stages: dict[Digest, Step] = {}
+    stages: dict[str, Step] = {}
     commits: list[Step] = []
     parent: Digest | None = None
     below: str | None = None
     for layer in layers:
+        fetch = fetches.get(layer.descriptor.digest)
         if layer.committed:
             parent = layer.chain_id
-            continue
-        fetch = fetches.get(layer.descriptor.digest)
-        if layer.diff_id not in stages:
-            stages[layer.diff_id] = Step(
-                id=f"stage:{layer.diff_id}",
+            if fetch is None:
+                continue
+        # By diff ID *and* blob: two blobs may claim one diff ID, and each has to prove it, also
+        # where the tree is there already.
+        stage = stages.setdefault(
+            stage_id(layer.diff_id, layer.descriptor.digest),
+            Step(
+                id=stage_id(layer.diff_id, layer.descriptor.digest),
                 kind="stage",
                 descriptor=layer.descriptor,
                 follows=fetch.id if fetch else None,
                 diff_id=layer.diff_id,
-            )
-        needs = [stages[layer.diff_id].id]
+            ),
+        )
+        if layer.committed:
+            continue
+        needs = [stage.id]
         if fetch:
             needs.append(fetch.id)
         if below:

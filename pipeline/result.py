@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from stowray.pipeline.plan import stage_id
+
 if TYPE_CHECKING:
     from stowray.pipeline.image import Image
     from stowray.pipeline.plan import Plan
@@ -122,7 +124,7 @@ def make_result(
 def _layer_result(plan: Plan, outcomes: dict[str, Outcome], index: int) -> LayerResult:
     layer = plan.layers[index]
     fetch = outcomes.get(f"fetch:{layer.descriptor.digest}")
-    stage = outcomes.get(f"stage:{layer.diff_id}")
+    stage = outcomes.get(stage_id(layer.diff_id, layer.descriptor.digest))
     commit = outcomes.get(f"commit:{layer.chain_id}")
     return LayerResult(
         digest=str(layer.descriptor.digest),

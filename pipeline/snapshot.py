@@ -261,6 +261,10 @@ class Snapshots:
             lowers = self.lowers(chain_id)
             yield stack.enter_context(ChainView(lowers, self.privileged))
 
+    def knows(self, diff_id: Digest, blob: Digest) -> bool:
+        """Return whether a snapshot was committed from ``blob`` as the layer ``diff_id``."""
+        return any(snapshot.diff_id == diff_id and snapshot.blob == blob for snapshot in self.all())
+
     def blob_mapping(self) -> dict[Digest, Digest]:
         """Return the blob digest of each snapshot by its chain ID."""
         return {snapshot.chain_id: snapshot.blob for snapshot in self.all()}

@@ -10,7 +10,7 @@ from stowray.pipeline.engine import PullOptions
 from stowray.pipeline.errors import CancelledError, DigestMismatchError
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.settings import RegistrySettings, UnpackSettings
-from tests.support.registry import FakeRegistry, Fault, incompressible
+from tests.support.registry import FakeRegistry, Fault, digest_of, incompressible
 from tests.support.small import local_engine, small_tar
 
 LAYERS = [small_tar({"a": b"1"}), small_tar({"b": b"2"})]
@@ -176,3 +176,29 @@ def test_the_same_layer_twice_is_fetched_once_and_committed_twice(tmp_path) -> N
         result = engine.pull(reference_of(registry), PullOptions())
         assert len({layer.chain_id for layer in result.layers}) == 3
         assert registry.count(f"/blobs/{result.layers[0].digest}") == 1
+
+
+@pytest.mark.parametrize("pulled_before", [False, True])
+def test_a_blob_that_claims_the_diff_id_of_another_layer_is_found_out(
+    tmp_path, pulled_before
+) -> None:
+    with FakeRegistry() as registry, local_engine(tmp_path / "store") as engine:
+        registry.add_image("a/b", "honest", LAYERS[:1])
+        if pulled_before:
+            engine.pull(reference_of(registry, "a/b:honest"), PullOptions())
+        same = {"type": "layers", "diff_ids": [digest_of(LAYERS[0])] * 2}
+        registry.add_image("a/b", "lies", LAYERS, config_overrides={"rootfs": same})
+        with pytest.raises(DigestMismatchError):
+            engine.pull(reference_of(registry, "a/b:lies"), PullOptions())
+
+
+def test_the_same_layer_in_another_compression_proves_itself(tmp_path) -> None:
+    with FakeRegistry() as registry, local_engine(tmp_path / "store") as engine:
+        registry.add_image("a/b", "gzip", LAYERS)
+        registry.add_image("a/b", "zstd", LAYERS, compression="zstd")
+        first = engine.pull(reference_of(registry, "a/b:gzip"), PullOptions())
+        second = engine.pull(reference_of(registry, "a/b:zstd"), PullOptions())
+        assert first.chain_id == second.chain_id
+        assert {layer.digest for layer in first.layers}.isdisjoint(
+            layer.digest for layer in second.layers
+        )

@@ -7,7 +7,7 @@ from stowray.pipeline.descriptor import Descriptor, ImageConfig, Manifest
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.image import Image, chain_ids
 from stowray.pipeline.media_types import OCI_CONFIG, OCI_LAYER_GZIP, OCI_MANIFEST
-from stowray.pipeline.plan import make_plan
+from stowray.pipeline.plan import make_plan, stage_id
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.reference import Reference
 
@@ -76,9 +76,13 @@ def test_a_committed_base_is_not_staged_again() -> None:
     plan = plan_for(image, chains={image.chain_ids[1]})
     assert [step.chain_id for step in kinds(plan, "commit")] == [image.chain_ids[2]]
     assert kinds(plan, "commit")[0].parent == image.chain_ids[1]
-    assert [step.diff_id for step in kinds(plan, "stage")] == [image.diff_ids[2]]
-    # Blobs are content of the store in their own right.
+    # Blobs are content of the store in their own right; one that comes now has to prove its diff
+    # ID, whatever is committed.
     assert len(kinds(plan, "fetch")) == 4
+    assert {step.diff_id for step in kinds(plan, "stage")} == set(image.diff_ids)
+    here = {layer.digest for layer in image.layers[:2]}
+    plan = plan_for(image, here, {image.chain_ids[1]})
+    assert [step.diff_id for step in kinds(plan, "stage")] == [image.diff_ids[2]]
 
 
 def test_the_same_layer_twice_is_fetched_and_staged_once_and_committed_twice() -> None:
@@ -116,7 +120,7 @@ def test_nothing_present_is_planned_and_commits_follow_the_chain(
             assert step.descriptor.digest not in blobs
         if step.kind == "commit":
             assert step.chain_id not in committed
-            assert f"stage:{step.diff_id}" in step.needs
+            assert stage_id(step.diff_id, step.descriptor.digest) in step.needs
             if step.descriptor.digest not in blobs:
                 assert f"fetch:{step.descriptor.digest}" in step.needs
             if step.parent is not None and step.parent not in committed:

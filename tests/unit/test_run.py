@@ -6,6 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import pytest
 
 from stowray.pipeline.errors import CancelledError, DigestMismatchError, NodeError
+from stowray.pipeline.plan import stage_id
 from stowray.pipeline.run import LOST_TRIES, Outcome, run_plan
 from tests.unit.test_plan import make_image, plan_for
 
@@ -70,7 +71,7 @@ def test_the_first_failure_stops_the_rest_and_is_the_one_raised() -> None:
     image = make_image(["a", "b", "c"])
     plan = plan_for(image)
     failure = DigestMismatchError("layer", "x", "y")
-    recorder = Recorder({f"stage:{image.diff_ids[0]}": [failure]})
+    recorder = Recorder({stage_id(image.diff_ids[0], image.layers[0].digest): [failure]})
     with pytest.raises(DigestMismatchError) as caught:
         run_plan(plan, recorder)
     assert caught.value is failure
@@ -79,7 +80,7 @@ def test_the_first_failure_stops_the_rest_and_is_the_one_raised() -> None:
 
 def test_a_lost_step_is_submitted_again_but_not_for_ever() -> None:
     image = make_image(["a"])
-    stage = f"stage:{image.diff_ids[0]}"
+    stage = stage_id(image.diff_ids[0], image.layers[0].digest)
     recorder = Recorder({stage: [NodeError("w", "died")] * (LOST_TRIES - 1)})
     assert len(run_plan(plan_for(image), recorder)) == 4
     assert recorder.started.count(stage) == LOST_TRIES
@@ -93,7 +94,7 @@ def test_a_lost_step_is_submitted_again_but_not_for_ever() -> None:
 def test_a_cause_wins_over_the_cancellations_that_it_brought() -> None:
     image = make_image(["a"])
     cancelled_first = {
-        f"stage:{image.diff_ids[0]}": [CancelledError("stage")],
+        stage_id(image.diff_ids[0], image.layers[0].digest): [CancelledError("stage")],
         f"fetch:{image.layers[0].digest}": [DigestMismatchError("blob", "x", "y")],
     }
     with pytest.raises(DigestMismatchError):
