@@ -255,6 +255,44 @@ def test_other_names_of_a_replaced_file_keep_its_content(tree: Path) -> None:
     assert (tree / "b").stat().st_ino == (tree / "c").stat().st_ino
 
 
+def test_link_targets_are_kept_byte_for_byte_and_only_the_link_is_replaced(base: Path) -> None:
+    climbing = "../" * 10 + "etc/pki/ca-trust/extracted/java/cacerts"
+    lower = [
+        file("bin/dash", b"dash"),
+        symlink("bin/sh", "dash"),
+        symlink("lib/security/cacerts", climbing),
+    ]
+    trees = commit_all(
+        [tar_bytes(lower), tar_bytes([symlink("bin/sh", "/bin/bash")])], base, privileged=ROOT
+    )
+    with ChainView(trees, ROOT) as view:
+        found = read_view(view)
+    assert found[b"lib/security/cacerts"].target == climbing.encode()
+    assert found[b"bin/sh"].target == b"/bin/bash"
+    assert found[b"bin/dash"].content == hashlib.sha256(b"dash").hexdigest()
+
+
+def test_a_fifo_that_stands_in_the_way_is_replaced_and_never_opened(tree: Path) -> None:
+    pipe = Entry("a", tarfile.FIFOTYPE)
+    # Opening a fifo for writing waits for a reader that never comes.
+    stage(tree, [pipe, hardlink("other", "a"), file("a", b"data"), pipe, file("a", b"again")])
+    assert (tree / "a").read_bytes() == b"again"
+    assert (tree / "other").is_fifo()
+
+
+@as_root
+def test_a_device_that_stands_in_the_way_is_replaced_and_not_written_to(tree: Path) -> None:
+    null = Entry("a", tarfile.CHRTYPE, device=(1, 3))
+    stage(tree, [null, hardlink("other", "a"), file("a", b"data")])
+    assert (tree / "a").read_bytes() == b"data"
+    assert (tree / "other").is_char_device()
+
+
+def test_many_entries_in_one_directory(tree: Path) -> None:
+    stage(tree, [file(f"d/{number}") for number in range(20_000)])
+    assert len(os.listdir(tree / "d")) == 20_000
+
+
 def test_overlay_attributes_are_not_taken_from_the_tar(tree: Path) -> None:
     forged = {"trusted.overlay.opaque": b"y", "user.overlay.opaque": b"y", "user.k": b"v"}
     staged = stage_layer(

@@ -230,6 +230,24 @@ def test_a_bad_layer_is_reported_while_its_download_stands_still(store: Store) -
     assert os.listdir(store.path / "layers") == []
 
 
+def test_names_of_our_own_mean_nothing_in_a_layer(snapshots: Snapshots, store: Store) -> None:
+    ours = ["layer.json", "tree", "tree.entries", "tree.copies", "work", "fs", ".complete"]
+    content = archive(*(file(name, b"forged") for name in ours))
+    top = commit_chain(snapshots, [content])[-1]
+    assert names(snapshots, top.chain_id) == {name.encode(): b"forged" for name in ours}
+    assert snapshots.has(top.chain_id)
+    assert leftovers(store) == []
+
+
+def test_after_a_malicious_layer_the_store_serves_at_once(snapshots: Snapshots) -> None:
+    layer = Layer(archive(directory("./"), file("ok"), file("../escape")))
+    for _ in range(2):
+        with pytest.raises(LayerError):
+            snapshots.stage(layer.diff_id, layer.open_read, wait_seconds=0)
+    commit_chain(snapshots, [WHOLE])
+    assert snapshots.has(Digest.of(WHOLE))
+
+
 def test_a_missing_parent_is_named(snapshots: Snapshots) -> None:
     parent, layer = Digest.of(b"parent"), Layer(WHOLE)
     with pytest.raises(NotFoundError, match=str(parent)):
