@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,6 +39,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def ray_address() -> Iterator[RayAddress]:
     with embedded_ray(num_cpus=2) as address:
         yield address
+    with warnings.catch_warnings():
+        # Ray lets go of its child processes without asking how they ended, which Python minds
+        # whenever it happens to collect them: let it be here.
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def test_a_process_is_known_by_its_start_too() -> None:
-    with subprocess.Popen(["sleep", "600"]) as child:
+    with subprocess.Popen(["sleep", "60"]) as child:
         process = Process.find(child.pid)
         assert process is not None
         assert process.is_alive
@@ -45,17 +45,18 @@ def test_a_zombie_counts_as_gone() -> None:
 def test_a_name_with_parentheses_and_spaces_is_read_right(tmp_path: Path) -> None:
     program = tmp_path / "a) S 1 (b"
     program.symlink_to("/bin/sleep")
-    with subprocess.Popen([program, "600"]) as child:
-        found = [process.pid for process in processes.children(Process.own().pid)]
-        child.kill()
-    # Other tests of this process may have children of their own.
-    assert child.pid in found
+    with subprocess.Popen([program, "60"]) as child:
+        try:
+            children = {found.pid: found.name for found in processes.children(os.getpid())}
+        finally:
+            child.kill()
+    assert children[child.pid] == "a) S 1 (b"
 
 
 def test_descendants_are_all_below_and_no_others() -> None:
     program = "import subprocess, sys; subprocess.run(['sleep', '600'])"
     with (
-        subprocess.Popen(["sleep", "600"]) as other,
+        subprocess.Popen(["sleep", "60"]) as other,
         subprocess.Popen([sys.executable, "-c", program]) as parent,
     ):
         while not (below := processes.descendants(parent.pid)):
