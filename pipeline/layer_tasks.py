@@ -66,7 +66,7 @@ class LayerTasks:
     """Carries out tasks; keeps the stores that it has opened."""
 
     def __init__(self) -> None:
-        self._stores: dict[str, Store] = {}
+        self._snapshots: dict[str, tuple[Store, Snapshots]] = {}
 
     def run(
         self,
@@ -77,8 +77,7 @@ class LayerTasks:
     ) -> dict[str, Any]:
         """Carry out ``stage`` or ``commit``; see :func:`stowray.pipeline.crew.unpack_arguments`."""
         begun = time.perf_counter()
-        store = self._store(arguments)
-        snapshots = Snapshots(store)
+        store, snapshots = self._open(arguments)
         digest, size = Digest(arguments["digest"]), int(arguments["size"])
         diff_id = Digest(arguments["diff_id"])
         limits = LayerLimits(**{name: v for name, v in arguments["limits"].items() if v})
@@ -135,8 +134,9 @@ class LayerTasks:
             "existed": existed,
         }
 
-    def _store(self, arguments: dict[str, Any]) -> Store:
+    def _open(self, arguments: dict[str, Any]) -> tuple[Store, Snapshots]:
         path = arguments["store"]
-        if path not in self._stores:
-            self._stores[path] = Store.open(Path(path), boot=Boot(*arguments["boot"]))
-        return self._stores[path]
+        if path not in self._snapshots:
+            store = Store.open(Path(path), boot=Boot(*arguments["boot"]))
+            self._snapshots[path] = (store, Snapshots(store))
+        return self._snapshots[path]
