@@ -166,6 +166,7 @@ class Authenticator:
     ) -> None:
         credential = self._credential(resource, cancelled)
         if sent.header.startswith("Basic "):
+            self._credentials.forget(resource.registry)
             raise UnauthorizedError(resource.registry, resource.scope, "the login is refused")
         if credential is None or not credential.password:
             raise UnauthorizedError(resource.registry, resource.scope, "it needs a login")
@@ -227,13 +228,18 @@ class Authenticator:
             token = kept()
             if token is None:
                 begun = self._clock.monotonic()
-                token = ask(
-                    lambda method, url, headers, body: self._send(
-                        method, url, headers, body, resource
-                    ),
-                    request,
-                    credential,
-                )
+                try:
+                    token = ask(
+                        lambda method, url, headers, body: self._send(
+                            method, url, headers, body, resource
+                        ),
+                        request,
+                        credential,
+                    )
+                except UnauthorizedError:
+                    # A helper may have a better one the next time; a session lives for long.
+                    self._credentials.forget(resource.registry)
+                    raise
                 with self._lock:
                     self._tokens[key] = _Kept(token, begun + RENEW_AT * token.seconds)
             return token

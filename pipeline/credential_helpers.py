@@ -1,9 +1,9 @@
 """Programs that give out logins: ``docker-credential-NAME get``.
 
-Invariant: a helper runs at most once per run and server, whether it succeeds or not, unless its
-answer has expired; it ends within its deadline, and at once when nobody waits for it any more;
-nobody who asks for something else waits for it. What it says is shown redacted, and its answer is
-never quoted.
+Invariant: a helper runs once per server, and again only when its login was refused or has expired,
+or some time after it failed; it ends within its deadline, and at once when nobody waits for it any
+more; nobody who asks for something else waits for it. What it says is shown redacted, and its
+answer is never quoted.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
 HELPER_SECONDS: Final = 30.0
+FAILURE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.05
 OUTPUT_LIMIT: Final = 4096
 NOT_FOUND: Final = "credentials not found in native keychain"
@@ -35,8 +36,9 @@ class CredentialHelpers:
         self._environment = dict(environment)
         self._seconds = seconds
         self._lock = threading.Lock()
-        self._answers: dict[tuple[str, str], Credential | UnauthorizedError | None] = {}
-        self._flights: SingleFlight[Credential | UnauthorizedError | None] = SingleFlight(0)
+        self._answers: dict[tuple[str, str], Credential | None] = {}
+        self._failures: dict[tuple[str, str], tuple[float, UnauthorizedError]] = {}
+        self._flights: SingleFlight[Credential | None] = SingleFlight(0)
 
     def ask(
         self, suffix: str, server: str, registry: str, cancelled: Callable[[], bool]
@@ -47,34 +49,39 @@ class CredentialHelpers:
         """
         key = (suffix, server)
 
-        def fly(abandoned: Callable[[], bool]) -> Credential | UnauthorizedError | None:
-            with self._lock:
-                if key in self._answers:
-                    # Landed between the look below and this flight.
-                    return self._answers[key]
-            answer: Credential | UnauthorizedError | None
+        def fly(abandoned: Callable[[], bool]) -> Credential | None:
+            # Another flight may have landed between the look below and this one.
+            is_known, answer = self._known(key)
+            if is_known:
+                return answer
             try:
                 answer = self._run(f"docker-credential-{suffix}", server, registry, abandoned)
             except UnauthorizedError as error:
-                answer = error
+                with self._lock:
+                    self._failures[key] = (time.monotonic() + FAILURE_SECONDS, error)
+                raise
             with self._lock:
                 self._answers[key] = answer
             return answer
 
+        is_known, answer = self._known(key)
+        return answer if is_known else self._flights.do(key, fly, cancelled)
+
+    def _known(self, key: tuple[str, str]) -> tuple[bool, Credential | None]:
+        """Return whether a helper has answered, and what; raise the error of one that failed."""
         with self._lock:
-            is_known, answer = key in self._answers, self._answers.get(key)
-        if not is_known:
-            answer = self._flights.do(key, fly, cancelled)
-        if isinstance(answer, UnauthorizedError):
-            raise answer
-        return answer
+            failure = self._failures.get(key)
+            if failure is not None and time.monotonic() < failure[0]:
+                raise failure[1]
+            return key in self._answers, self._answers.get(key)
 
     def forget(self, servers: Collection[str]) -> None:
         """Ask anew for ``servers`` from now on: what was said of them has expired."""
         with self._lock:
-            self._answers = {
-                known: answer for known, answer in self._answers.items() if known[1] not in servers
-            }
+            for known in [*self._answers, *self._failures]:
+                if known[1] in servers:
+                    self._answers.pop(known, None)
+                    self._failures.pop(known, None)
 
     def _run(
         self, program: str, server: str, registry: str, abandoned: Callable[[], bool]

@@ -30,6 +30,9 @@ FILE_LIMIT = 4 << 20
 _SUFFIX = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
 
+_Stamp = tuple[int, int, int] | None
+
+
 @dataclass(frozen=True, slots=True)
 class _File:
     path: Path
@@ -42,7 +45,7 @@ def never() -> bool:
 
 
 class Credentials:
-    """Looks logins up; thread-safe, reads each file once."""
+    """Looks logins up; thread-safe, reads each file once and when it has changed."""
 
     def __init__(
         self,
@@ -54,7 +57,7 @@ class Credentials:
         self._files = _files(environment, authfile)
         self._helpers = CredentialHelpers(environment, helper_seconds)
         self._lock = threading.Lock()
-        self._documents: dict[Path, dict[str, Any]] = {}
+        self._documents: dict[Path, tuple[_Stamp, dict[str, Any]]] = {}
 
     def find(
         self, registry: str, repository: str = "", cancelled: Callable[[], bool] = never
@@ -87,10 +90,12 @@ class Credentials:
         return _plain(_table(document, "auths", file.path), file.path, registry, repository)
 
     def _read(self, file: _File) -> dict[str, Any]:
-        document = self._documents.get(file.path)
-        if document is None:
-            document = self._documents[file.path] = _load(file)
-        return document
+        # A session lives longer than a login: what `podman login` wrote meanwhile counts.
+        stamp = _stamp(file.path)
+        known = self._documents.get(file.path)
+        if known is None or known[0] != stamp:
+            known = self._documents[file.path] = (stamp, _load(file))
+        return known[1]
 
     def _ask(
         self, file: _File, suffix: str, registry: str, cancelled: Callable[[], bool]
@@ -117,6 +122,15 @@ def _files(environment: Mapping[str, str], authfile: str) -> tuple[_File, ...]:
     if home and not environment.get("DOCKER_CONFIG"):
         places.append(Path(home) / ".docker" / "config.json")
     return tuple(_File(place, explicit=False) for place in places)
+
+
+def _stamp(path: Path) -> _Stamp:
+    """Return what changes with a file's content, None when it cannot be looked at."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _load(file: _File) -> dict[str, Any]:

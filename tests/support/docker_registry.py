@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
+    from tests.support.token_server import TokenServer
+
 PROGRAM = "docker-registry"
 START_SECONDS = 30.0
 
@@ -36,9 +38,17 @@ def free_port() -> int:
 class DockerRegistry:
     """One registry process with its files under `root`; `host` is what a reference starts with."""
 
-    def __init__(self, root: Path, *, htpasswd: str | None = None, delete: bool = False) -> None:
+    def __init__(
+        self,
+        root: Path,
+        *,
+        htpasswd: str | None = None,
+        token: TokenServer | None = None,
+        delete: bool = False,
+    ) -> None:
         self.root = root
         self.htpasswd = htpasswd
+        self.token = token
         self.delete = delete
         self.port = 0
         self._process: subprocess.Popen[bytes] | None = None
@@ -104,6 +114,8 @@ class DockerRegistry:
             path = self.root / "htpasswd"
             path.write_text(self.htpasswd + "\n")
             lines.append(f"auth: {{htpasswd: {{realm: stowray-tests, path: {path}}}}}")
+        if self.token is not None:
+            lines.append(self.token.config())
         return "\n".join(lines) + "\n"
 
     def stop(self) -> None:
@@ -120,8 +132,10 @@ class DockerRegistry:
 
 
 @contextlib.contextmanager
-def running(root: Path, *, htpasswd: str | None = None) -> Iterator[DockerRegistry]:
-    registry = DockerRegistry(root, htpasswd=htpasswd)
+def running(
+    root: Path, *, htpasswd: str | None = None, token: TokenServer | None = None
+) -> Iterator[DockerRegistry]:
+    registry = DockerRegistry(root, htpasswd=htpasswd, token=token)
     registry.start()
     try:
         yield registry

@@ -325,3 +325,14 @@ def test_a_helper_that_hangs_holds_up_nobody_else_and_can_be_cancelled(tmp_path:
     while process.exists():
         enough.clear()
         enough.wait(0.01)
+
+
+def test_a_login_that_was_changed_meanwhile_counts(tmp_path: Path) -> None:
+    place = tmp_path / "auth.json"
+    credentials = Credentials({}, write(place, {"auths": {"r.example": auth("u", "old")}}))
+    assert credentials.find("r.example") == Credential("u", "old")
+    write(place, {"auths": {"r.example": auth("u", "newer")}})
+    assert credentials.find("r.example") == Credential("u", "newer")
+    place.unlink()
+    with pytest.raises(UsageError):
+        credentials.find("r.example")
