@@ -232,7 +232,7 @@ def test_the_registry_dies_in_mid_blob(bench: Bench) -> None:
     with bench.store.acquire(BLOB.digest, SIZE) as ingest:  # type: ignore[union-attr]
         kept = ingest.offset
     assert 0 < kept < SIZE
-    assert SIZE - kept <= bench.fetch().fetched_bytes < SIZE - kept + MIB
+    assert bench.fetch().fetched_bytes < SIZE - kept + MIB
     assert bench.holds
 
 
@@ -262,8 +262,11 @@ def test_a_cancelled_fetch_leaves_nothing_running(bench: Bench) -> None:
 
     with pytest.raises(CancelledError):
         bench.fetch(cancelled=lambda: len(bench.parts()) >= 4 and max(bench.told) > MIB)
+    assert not [thread for thread in threading.enumerate() if thread.name == "lane"]
     bench.fake.clear_faults()
-    assert bench.fetch().fetched_bytes < SIZE
+    with bench.store.acquire(BLOB.digest, SIZE) as ingest:  # type: ignore[union-attr]
+        kept = ingest.offset
+    assert bench.fetch().fetched_bytes < SIZE - kept + MIB
     assert bench.holds
 
 
