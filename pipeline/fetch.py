@@ -281,13 +281,18 @@ class Fetcher:
             except SOURCE_ERRORS as error:
                 errors[id(origin)] = error
                 _blame(origin, error)
-                work.retries.progressed(ingest.offset - start)
-                if ingest.offset > start:
+                gained = ingest.offset - start
+                work.retries.progressed(gained)
+                if gained:
                     tired = 0
                 if error.retryable:
-                    tired += 1
-                    # Each source once without a wait, at the byte where the last one stopped.
+                    # Each source once without a wait, at the byte where the last one stopped; and
+                    # one that brought much before it broke off has nothing to recover from.
                     work.origins.append(work.origins.pop(0))
+                    if gained >= work.retries.policy.progress_size:
+                        work.retries.count += 1
+                    else:
+                        tired += 1
                     if tired >= len(work.origins):
                         tired = 0
                         work.tell("retrying", ingest.offset)
