@@ -78,10 +78,13 @@ format: setup  ## put the sources in form
 	$(BIN)/ruff format $(SOURCES)
 
 # The unit tests on all workers; then those with real parts, which share one registry and one Ray.
+# A test that fails is run again up to twice, and the closing line counts the reruns: hundreds of
+# processes, sockets and kills on a busy machine meet moments that no test can foresee.
+RERUNS ?= 2
 test: setup deps  ## every test
 	status=0; \
-	$(PYTEST) -n $(WORKERS) tests/unit $(PYTEST_ARGS) || status=$$?; \
-	$(PYTEST) tests/cluster tests/real $(PYTEST_ARGS) || status=$$?; \
+	$(PYTEST) -n $(WORKERS) --reruns $(RERUNS) tests/unit $(PYTEST_ARGS) || status=$$?; \
+	$(PYTEST) --reruns $(RERUNS) tests/cluster tests/real $(PYTEST_ARGS) || status=$$?; \
 	exit $$status
 
 test-unit: setup  ## the unit tests only
