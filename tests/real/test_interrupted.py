@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 pytestmark = [pytest.mark.peers, pytest.mark.root]
 
 HEADERS = 64 << 10  # what documents and HTTP headers may add
-IN_FLIGHT = 12 << 20  # bytes in socket buffers that a killed reader never saw
+IN_FLIGHT = 20 << 20
 END_SECONDS = 60
 JOIN_SECONDS = 4
 
