@@ -8,11 +8,11 @@ never committed. A cancelled fetch keeps what it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.copying import Copier, Work
 from stowray.pipeline.errors import (
     CancelledError,
     ContentError,
@@ -20,14 +20,12 @@ from stowray.pipeline.errors import (
     NodeError,
     NotFoundError,
     RegistryError,
-    SizeMismatchError,
     StorageError,
     StowrayError,
     UnauthorizedError,
     UnavailableError,
 )
 from stowray.pipeline.host_records import HostRecords
-from stowray.pipeline.lanes import open_lanes
 from stowray.pipeline.origin import Divisible
 from stowray.pipeline.registry import never, policy, weight
 from stowray.pipeline.retry import Retries, uniform, wait
@@ -39,16 +37,11 @@ if TYPE_CHECKING:
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.ingest import Ingest
-    from stowray.pipeline.lanes import Lanes
-    from stowray.pipeline.origin import BlobStream, Origin, Place
+    from stowray.pipeline.origin import Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
     from stowray.pipeline.store import Store
 
-BUFFER_SIZE = 256 * 1024
-SMALLEST_GAP = 1 << 20
-REPORT_EVERY = 1 << 20
-REPORT_SECONDS = 0.1
 FIRST_LOOK_SECONDS = 0.005
 TAKE_OVER_SECONDS = 0.1
 WRONG_LIMIT = 2
@@ -82,47 +75,6 @@ class Fetched:
     retries: int = 0
 
 
-@dataclass(slots=True)
-class _Work:
-    """One fetch under way."""
-
-    reference: Source
-    descriptor: Descriptor
-    report: Report
-    cancelled: Callable[[], bool]
-    retries: Retries
-    sources: tuple[Origin | Place, ...]
-    origins: list[
-        Origin | Place
-    ]  # those of the sources that are still worth a try, the next one first
-    source: str = ""
-    received: int = 0
-    reported: int = 0
-    reported_at: float = 0.0
-    wrong: int = 0
-    short: int = 0
-    opened: bool = False
-    failure: tuple[Source, StowrayError] | None = None  # an earlier one, when this began
-    writers: set[int] = field(default_factory=set)  # who wrote into this generation
-
-    def tell(self, status: str, current: int) -> None:
-        self.report("blob", str(self.descriptor.digest), status, current, self.descriptor.size)
-
-
-@dataclass(slots=True)
-class _Copying:
-    """One stream on its way into the ingest."""
-
-    stream: BlobStream
-    ingest: Ingest
-    writer: int
-    received: int = 0
-    position: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.position = self.stream.offset
-
-
 class Fetcher:
     """Fetches blobs into one store from a list of origins; thread-safe.
 
@@ -141,7 +93,7 @@ class Fetcher:
         self._store = store
         self._origins = tuple(origins)
         self._settings = settings or RegistrySettings()
-        self._hosts = HostRecords(store.path, clock)
+        self._copier = Copier(self._settings, HostRecords(store.path, clock), clock)
         # By digest, for those that were waiting for the one that failed.
         self._failures: dict[Digest, tuple[Source, StowrayError]] = {}
         self._clock = clock
@@ -163,7 +115,7 @@ class Fetcher:
         begun = self._clock.monotonic()
         digest = descriptor.digest
         sources = _places(self._origins if origins is None else origins, reference)
-        work = _Work(
+        work = Work(
             reference,
             descriptor,
             report,
@@ -176,7 +128,7 @@ class Fetcher:
         seconds = self._clock.monotonic() - begun
         return Fetched(digest, source, work.received, seconds, work.retries.count)
 
-    def _bring(self, work: _Work) -> str:
+    def _bring(self, work: Work) -> str:
         descriptor = work.descriptor
         work.failure = self._failures.get(descriptor.digest)
         work.tell("waiting", 0)
@@ -208,7 +160,7 @@ class Fetcher:
         work.tell(status, descriptor.size)
         return work.source or "store"
 
-    def _acquire(self, work: _Work) -> Ingest:
+    def _acquire(self, work: Work) -> Ingest:
         """Become the blob's writer; while another one is at it, tell how far that one is."""
         descriptor = work.descriptor
         shown = -1
@@ -254,7 +206,7 @@ class Fetcher:
 
     # -- download ---------------------------------------------------------------------------------
 
-    def _download(self, work: _Work, ingest: Ingest) -> None:
+    def _download(self, work: Work, ingest: Ingest) -> None:
         if not work.origins:
             raise NotFoundError(str(work.descriptor.digest), "any source")
         work.tell("downloading", ingest.offset)
@@ -266,7 +218,7 @@ class Fetcher:
             origin = work.origins[0]
             start = ingest.offset
             try:
-                self._take_part(work, ingest, origin)
+                self._copier.take_part(work, ingest, origin)
                 if ingest.offset == work.descriptor.size:
                     ingest.commit()
                     return
@@ -303,109 +255,13 @@ class Fetcher:
                     raise _weightiest(errors, work.sources, error) from None
                 work.tell("downloading", ingest.offset)
 
-    def _pause(self, work: _Work, errors: dict[int, StowrayError], error: StowrayError) -> None:
+    def _pause(self, work: Work, errors: dict[int, StowrayError], error: StowrayError) -> None:
         try:
             work.retries.pause(error, work.cancelled, weight=weight(error))
         except SOURCE_ERRORS as last:
             raise _weightiest(errors, work.sources, last) from None
 
-    def _take_part(self, work: _Work, ingest: Ingest, origin: Origin | Place) -> None:
-        """Append what one answer of one source brings."""
-        work.opened = False
-        with origin.open_blob(
-            work.reference, work.descriptor, ingest.offset, cancelled=work.cancelled
-        ) as stream:
-            work.source = stream.source
-            work.opened = True
-            copying = _Copying(stream, ingest, id(origin))
-            lanes = open_lanes(
-                origin,
-                stream,
-                ingest,
-                self._settings,
-                self._hosts,
-                (work.reference, work.descriptor),
-                work.cancelled,
-                partial(self._tell_progress, work),
-                self._clock,
-            )
-            if lanes is None:
-                self._copy(work, copying, None)
-                return
-            try:
-                with lanes:
-                    self._copy_along(work, copying, lanes)
-            finally:
-                # What the first stream brought is counted where it is read.
-                work.received += lanes.received - copying.received
-                work.retries.count += lanes.retries
-
-    def _copy_along(self, work: _Work, copying: _Copying, lanes: Lanes) -> None:
-        try:
-            self._copy(work, copying, lanes)
-        except UnavailableError:
-            if not lanes.is_proven:
-                raise
-            work.retries.count += 1
-        if lanes.is_proven and copying.ingest.offset < work.descriptor.size:
-            # It would go on with what the others fetch.
-            copying.stream.close()
-            lanes.take_over(copying.position)
-
-    def _copy(self, work: _Work, copying: _Copying, lanes: Lanes | None) -> None:
-        size = work.descriptor.size
-        ingest, stream = copying.ingest, copying.stream
-        buffer = memoryview(bytearray(BUFFER_SIZE))
-        read_into = _reader(stream)
-        if stream.offset > ingest.offset:
-            raise UnavailableError(stream.source, 0, "RANGE", "answered a later part of the blob")
-        caught_up = False
-        while copying.position < (size if lanes is None else lanes.end):
-            if work.cancelled():
-                raise CancelledError(str(work.descriptor.digest))
-            ahead = ingest.offset - copying.position
-            if caught_up and ahead >= SMALLEST_GAP:
-                # An earlier answer left bytes further on: from behind them with another request.
-                return
-            caught_up = caught_up or ahead <= 0
-            count = read_into(buffer[: min(BUFFER_SIZE, size - copying.position)])
-            if count == 0:
-                return
-            work.received += count
-            copying.received += count
-            if count > ahead:
-                work.writers.add(copying.writer)
-                # No ranges there: what is here already comes again, and is dropped.
-                ingest.write_at(copying.position, buffer[:count])
-            copying.position += count
-            if not ahead > 0:
-                self._tell_progress(work, ingest.offset)
-            if lanes is not None:
-                lanes.advance(count, copying.position)
-        if copying.position == size:
-            self._expect_end(work, read_into, buffer)
-
-    def _expect_end(
-        self, work: _Work, read_into: Callable[[memoryview], int], buffer: memoryview
-    ) -> None:
-        """Raise SizeMismatchError if more comes; the last bytes of a body's framing are read."""
-        try:
-            surplus = read_into(buffer[:1])
-        except UnavailableError:
-            # Cut after its last byte: everything is here.
-            return
-        if surplus:
-            size = work.descriptor.size
-            raise SizeMismatchError(str(work.descriptor.digest), size, size + surplus)
-
-    def _tell_progress(self, work: _Work, offset: int) -> None:
-        now = self._clock.monotonic()
-        if offset - work.reported >= REPORT_EVERY or now - work.reported_at >= REPORT_SECONDS:
-            work.reported = offset
-            work.reported_at = now
-            work.tell("downloading", offset)
-
-    def _count_short(self, work: _Work, ingest: Ingest, start: int) -> None:
+    def _count_short(self, work: Work, ingest: Ingest, start: int) -> None:
         """Note an answer that ended properly before the blob did: legal for a 206."""
         gained = ingest.offset - start
         work.retries.progressed(gained)
@@ -416,7 +272,7 @@ class Fetcher:
             work.retries.pause(error, work.cancelled)
 
     def _note_wrong(
-        self, work: _Work, ingest: Ingest, origin: Origin | Place, error: ContentError
+        self, work: Work, ingest: Ingest, origin: Origin | Place, error: ContentError
     ) -> None:
         """Void the generation and choose who is to begin the next one at the first byte.
 
@@ -445,20 +301,6 @@ class Fetcher:
         work.tell("retrying", ingest.offset)
 
 
-def _reader(stream: BlobStream) -> Callable[[memoryview], int]:
-    """Return what fills a buffer from ``stream``: its own way, or by way of bytes objects."""
-    own: Callable[[memoryview], int] | None = getattr(stream, "read_into", None)
-    if own is not None:
-        return own
-
-    def read_into(buffer: memoryview) -> int:
-        piece = stream.read(len(buffer))
-        buffer[: len(piece)] = piece
-        return len(piece)
-
-    return read_into
-
-
 def _known(descriptor: Descriptor) -> bytes | None:
     """Return the blob if no source is needed for it: well-known, empty, or in the descriptor."""
     candidates = (KNOWN_BLOBS.get(descriptor.digest), descriptor.data, b"")
@@ -476,7 +318,7 @@ def _places(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Plac
     return tuple(found)
 
 
-def _concerns(work: _Work, other: Source, error: StowrayError) -> bool:
+def _concerns(work: Work, other: Source, error: StowrayError) -> bool:
     """Return whether what failed for ``other`` would fail for this reference as well."""
     if other.name == work.reference.name or isinstance(error, StorageError):
         return True

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.digest import Digest
 
 CHECKPOINT_EVERY = 8 << 20
-SMALLEST_ISLAND = 64 << 10
+SMALLEST_ISLAND = 4 << 10
 _READ_SIZE = 1 << 20
 _LIFE_SIGN_ATTEMPTS = 1000
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.blob_stream import RegistryBlob
     from stowray.pipeline.descriptor import Descriptor
-    from stowray.pipeline.host_records import HostRecords
+    from stowray.pipeline.host_records import HostRecord, HostRecords
     from stowray.pipeline.ingest import Ingest
     from stowray.pipeline.settings import RegistrySettings
     from stowray.pipeline.source import Source
@@ -64,6 +64,41 @@ class Ranged(Protocol):
         """Return how many more parts could be fetched now from where ``stream`` comes from."""
 
 
+def open_first_part(
+    place: object,
+    ingest: Ingest,
+    settings: RegistrySettings,
+    records: HostRecords,
+    fetch_range: tuple[Source, Descriptor],
+    cancelled: Callable[[], bool],
+) -> tuple[RegistryBlob, int] | None:
+    """Return a stream of the next part and where it ends, if the host is known to serve parts.
+
+    Else None: one stream of all that is left is what every server understands.
+    """
+    known = _known(place, ingest, settings, records)
+    if known is None or not isinstance(place, Ranged):
+        return None
+    count = min(known.connections, settings.range_connections, settings.connections)
+    if count < 2:
+        return None
+    left = ingest.size - ingest.offset
+    end = ingest.offset + part_size(known.bytes_per_second, left, count)
+    if end >= ingest.size:
+        return None
+    try:
+        stream = place.open_range(*fetch_range, ingest.offset, end, cancelled)
+    except (NotFoundError, RegistryError) as error:
+        if error.retryable:
+            raise
+        # It may be elsewhere (foreign URLs), or ranges may be what is refused.
+        return None
+    if stream is None:
+        records.learn(place.host, 1, 0)
+        return None
+    return stream, end
+
+
 def open_lanes(
     place: object,
     stream: object,
@@ -74,20 +109,38 @@ def open_lanes(
     cancelled: Callable[[], bool],
     tell: Callable[[int], None],
     clock: Clock = SYSTEM_CLOCK,
+    *,
+    end: int,
 ) -> Lanes | None:
-    """Return lanes for what ``stream`` begins, None when one connection is all there is to be."""
+    """Return lanes for what ``stream`` begins, None when one connection is all there is to be.
+
+    ``end`` is where ``stream`` ends: before the blob does, if it is a part itself.
+    """
     from stowray.pipeline.blob_stream import RegistryBlob
 
+    if not isinstance(place, Ranged) or not isinstance(stream, RegistryBlob):
+        return None
+    known = _known(place, ingest, settings, records)
+    is_part = end < ingest.size
+    if not is_part:
+        left = ingest.size - ingest.offset
+        if settings.range_connections < 2 or left < settings.range_minimum_bytes:
+            return None
+        if known is not None and known.connections < 2:
+            return None
+    climb = Climb(settings.range_connections, clock.monotonic(), known)
+    return Lanes(
+        place, stream, ingest, climb, records, fetch_range, cancelled, tell, clock, end=end
+    )
+
+
+def _known(
+    place: object, ingest: Ingest, settings: RegistrySettings, records: HostRecords
+) -> HostRecord | None:
     left = ingest.size - ingest.offset
     if settings.range_connections < 2 or left < settings.range_minimum_bytes:
         return None
-    if not isinstance(place, Ranged) or not isinstance(stream, RegistryBlob):
-        return None
-    known = records.find(place.host)
-    if known is not None and known.connections < 2:
-        return None
-    climb = Climb(settings.range_connections, clock.monotonic(), known)
-    return Lanes(place, stream, ingest, climb, records, fetch_range, cancelled, tell, clock)
+    return records.find(place.host) if isinstance(place, Ranged) else None
 
 
 class Lanes:
@@ -104,6 +157,8 @@ class Lanes:
         cancelled: Callable[[], bool],
         tell: Callable[[int], None],
         clock: Clock,
+        *,
+        end: int,
     ) -> None:
         self._place = place
         self._stream = stream
@@ -118,15 +173,15 @@ class Lanes:
         self._look_at = self._begun
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
-        self._parts: Parts | None = None
-        self._first_part = ingest.size
+        self._parts = Parts(end, ingest.size) if end < ingest.size else None
+        self._first_part = end
         self._active = 1
         self._out = 0  # parts that somebody works at
         self._refusals = 0
-        self._proven = False
+        self._proven = end < ingest.size
         self._stopped = False
         self._error: BaseException | None = None
-        self.end = ingest.size  # where the first stream is to stop
+        self.end = end  # where the first stream is to stop
         self.received = 0
         self.retries = 0
 

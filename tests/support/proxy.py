@@ -22,14 +22,17 @@ BUFFER = 1 << 16
 class CountingProxy:
     """Forwards loopback connections to `target` (host:port); `host` is what clients are given."""
 
-    def __init__(self, target: str, *, bytes_per_second: float | None = None) -> None:
+    def __init__(
+        self, target: str, *, bytes_per_second: float | None = None, per_connection: bool = False
+    ) -> None:
         host, _, port = target.rpartition(":")
         self._target = (host, int(port))
         self._rate = bytes_per_second
+        self._per_connection = per_connection  # else the rate is shared by all
         self._lock = threading.Condition()
         self._served = 0
         self._limit: int | None = None
-        self._next_send = 0.0
+        self._next_send: dict[socket.socket | None, float] = {}
         self._closed = False
         self._sockets: set[socket.socket] = set()
         self._threads: list[threading.Thread] = []
@@ -124,6 +127,7 @@ class CountingProxy:
         finally:
             with self._lock:
                 self._sockets -= {client, upstream}
+                self._next_send.pop(client, None)
             client.close()
             upstream.close()
 
@@ -138,7 +142,7 @@ class CountingProxy:
                     return
                 room = len(view) if self._limit is None else self._limit - self._served
                 part = view[: min(room, len(view))]
-                wait = self._reserve(len(part))
+                wait = self._reserve(len(part), client)
             if wait > 0:
                 time.sleep(wait)
             client.sendall(part)
@@ -147,21 +151,22 @@ class CountingProxy:
                 self._lock.notify_all()
             view = view[len(part) :]
 
-    def _reserve(self, size: int) -> float:
-        """Book a slot of the common rate; return how long to wait for it."""
+    def _reserve(self, size: int, client: socket.socket) -> float:
+        """Book a slot of the rate; return how long to wait for it."""
         if self._rate is None:
             return 0.0
         now = time.monotonic()
-        start = max(now, self._next_send)
-        self._next_send = start + size / self._rate
+        line = client if self._per_connection else None
+        start = max(now, self._next_send.get(line, 0.0))
+        self._next_send[line] = start + size / self._rate
         return start - now
 
 
 @contextlib.contextmanager
 def counting_proxy(
-    target: str, *, bytes_per_second: float | None = None
+    target: str, *, bytes_per_second: float | None = None, per_connection: bool = False
 ) -> Iterator[CountingProxy]:
-    proxy = CountingProxy(target, bytes_per_second=bytes_per_second)
+    proxy = CountingProxy(target, bytes_per_second=bytes_per_second, per_connection=per_connection)
     try:
         yield proxy
     finally:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from stowray.pipeline import range_plan
 from stowray.pipeline.clock import Clock
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
@@ -45,6 +46,12 @@ class Bench:
     def know(self, connections: int = 4) -> None:
         """Have learned that several connections pay, so that nothing has to be measured."""
         self.records.learn(self.fake.host, connections, MIB)
+
+    def measure_quickly(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Let the first of several connections prove its worth in less than a second."""
+        monkeypatch.setattr(range_plan, "SETTLE_SECONDS", 0.1)
+        monkeypatch.setattr(range_plan, "WINDOW_SECONDS", 0.2)
+        monkeypatch.setattr(range_plan, "LEAST_SECONDS", 0.2)
 
     def fetch(self, cancelled: Callable[[], bool] = lambda: False, **settings: Any) -> Fetched:
         wanted = RegistrySettings(**{"attempts": 4, "range_minimum_bytes": MIB, **settings})
@@ -145,8 +152,10 @@ def test_no_second_connection_where_only_one_may_be(bench: Bench, limits: dict[s
         pytest.param(Fault(status=416), id="416"),
     ],
 )
-def test_a_host_without_ranges_serves_one_stream(bench: Bench, fault: Fault) -> None:
-    bench.know()
+def test_a_host_without_ranges_serves_one_stream(
+    bench: Bench, fault: Fault, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.measure_quickly(monkeypatch)
     bench.fake.fault("/blobs/", SLOW)
     bench.fake.fault("/blobs/", fault, repeat=True)
     fetched = bench.fetch()
@@ -193,8 +202,10 @@ def test_every_connection_breaks(bench: Bench) -> None:
     assert fetched.retries > 10
 
 
-def test_lanes_that_never_come_off_do_no_harm(bench: Bench) -> None:
-    bench.know()
+def test_lanes_that_never_come_off_do_no_harm(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.measure_quickly(monkeypatch)
     bench.fake.fault("/blobs/", SLOW)
     bench.fake.fault("/blobs/", Fault(status=500), repeat=True)
     fetched = bench.fetch()
@@ -203,12 +214,34 @@ def test_lanes_that_never_come_off_do_no_harm(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("status", [401, 403, 404, 400])
-def test_a_refused_part_is_left_to_the_first_stream(bench: Bench, status: int) -> None:
-    bench.know()
+def test_a_refused_part_is_left_to_the_first_stream(
+    bench: Bench, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.measure_quickly(monkeypatch)
     bench.fake.fault("/blobs/", SLOW)
     bench.fake.fault("/blobs/", Fault(status=status), repeat=True)
     assert bench.fetch().fetched_bytes == SIZE
     assert bench.holds
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        pytest.param(Fault(ignore_range=True), id="ignored"),
+        pytest.param(Fault(shift_range=1), id="shifted"),
+        pytest.param(Fault(status=416), id="416"),
+        pytest.param(Fault(status=400), id="400"),
+    ],
+)
+def test_a_host_that_has_given_ranges_up(bench: Bench, fault: Fault) -> None:
+    bench.know()
+    bench.fake.fault("/blobs/", fault, Fault())
+    fetched = bench.fetch()
+    assert bench.holds
+    if fault.status != 400:
+        # A 400 may mean anything; the others say that there are no ranges.
+        assert fetched.fetched_bytes == SIZE
+        assert len(bench.parts()) == 1
 
 
 def test_ranges_that_end_in_mid_blob(bench: Bench) -> None:
