@@ -40,6 +40,7 @@ from stowray.pipeline.spread import Blob, NodeState, report_interval, spread
 GB = 1_000_000_000
 MB = 1_000_000
 NEVER = float("inf")
+SOON = 0.02
 # 10 GB; the largest layer has 6 GB.
 LAYERS = tuple(int(size * GB) for size in (6, 1.6, 0.9, 0.6, 0.4, 0.25, 0.15, 0.08, 0.02))
 
@@ -67,6 +68,7 @@ class World:
     unpack: float = 0.0
     fan_out: int = 4
     stripes: int = 16
+    held: int = 64
     seed: int = 1
     limit: float = 600.0
 
@@ -79,6 +81,7 @@ class Outcome:
     ready: list[float] = field(default_factory=list)
     slow_ready: list[float] = field(default_factory=list)
     unready: int = 0
+    slow_unready: int = 0
     dead: int = 0
     origin_bytes: int = 0
     image_bytes: int = 0
@@ -114,6 +117,7 @@ class Stream:
         "partial",
         "reading",
         "requested",
+        "sent",
         "served",
         "serves",
         "source",
@@ -139,7 +143,7 @@ class Stream:
         self.reading = False  # from the origin
         self.begin = self.finish = NEVER
         self.begin_told = False
-        self.requested = 0.0
+        self.requested = self.sent = 0.0
         self.waiters: list[Stream] = []
 
 
@@ -175,7 +179,7 @@ class Simulation:
         self.numbers = {name: number for number, name in enumerate(self.plan.nodes)}
         half = world.detection / 2
         self.patience = Patience(
-            silence=half, answer=half, slow=world.detection, starved=2 * world.detection
+            silence=half, answer=half, slow=world.detection, starved=4 * world.detection
         )
         self.pace = [Pace() for _ in range(count)]
         self.leases = OriginLeases(lambda: self.now, ttl_seconds=world.lease)
@@ -241,7 +245,11 @@ class Simulation:
             if self.died[node] < NEVER:
                 outcome.dead += 1
             elif not self.ready_at[node]:
-                outcome.unready += 1
+                # A slow node that is late must not count against those that are not slow.
+                if node in self.slow:
+                    outcome.slow_unready += 1
+                else:
+                    outcome.unready += 1
             elif node in self.slow:
                 outcome.slow_ready.append(self.ready_at[node])
             else:
@@ -356,12 +364,18 @@ class Simulation:
             return
         if self.died[source.node] <= self.now:
             return  # a node that is cut off does not refuse either
-        if source.serves >= 2 * self.world.fan_out:
+        # Waiting holds no slot, so the limit is that of held requests.
+        if source.serves >= self.world.held:
             self.act(stream, stream.choice.busy(self.now, 1.0))
             return
         source.serves += 1
         stream.served = True
-        self.send(stream)
+        self.flush(source)
+        action = stream.choice.started(self.now, source.choice.position)
+        if action is not None:
+            self.act(stream, action)
+        else:
+            self.send(stream)
 
     def answer(self, pair: tuple[Stream, Stream], token: int) -> None:
         stream, asked = pair
@@ -371,9 +385,7 @@ class Simulation:
             return
         self.flush(asked)
         self.flush(stream)
-        have = asked.choice.length if asked.choice.done else asked.units * self.unit(asked)
-        waits = asked.choice.waits(self.now, self.pace[asked.node].expected)
-        action = stream.choice.told(self.now, have, waiting=waits)
+        action = stream.choice.told(self.now, asked.choice.position, asked.choice.source)
         if action is not None:
             self.act(stream, action)
 
@@ -410,10 +422,6 @@ class Simulation:
 
     # -- bytes ------------------------------------------------------------------------------------
 
-    def unit(self, stream: Stream) -> int:
-        stripe = self.stripes[stream.tree]
-        return stripe.unit
-
     def flush(self, stream: Stream) -> None:
         """Count what has come of the unit under way, as if it came evenly."""
         if stream.finish == NEVER:
@@ -442,7 +450,7 @@ class Simulation:
         return min(stripe.unit, stripe.length - stream.units * stripe.unit)
 
     def read_origin(self, stream: Stream) -> None:
-        world, node = self.world, stream.node
+        world = self.world
         # While one range arrives the next one is asked for, so only the first one waits.
         first = self.now + (0.0 if stream.reading else world.origin_latency)
         stream.reading = True
@@ -450,10 +458,8 @@ class Simulation:
         size = whole - stream.partial
         begin = max(first, self.origin_free)
         self.origin_free = begin + size / world.origin
-        down = max(begin, self.down_free[node])
-        self.down_free[node] = down + size / self.down[node]
-        finish = max(self.origin_free, self.down_free[node], first + size / world.origin_connection)
-        self.book(stream, down, finish)
+        stream.sent = max(self.origin_free, first + size / world.origin_connection)
+        self.at(begin, self.land, stream, stream.token)
 
     def send(self, stream: Stream) -> None:
         """Let the source send the next unit, now or when it begins to have it."""
@@ -462,27 +468,41 @@ class Simulation:
             return
         number = stream.units
         now = self.now
-        limit = now
-        if source.units <= number:
-            if source.units < number or source.begin > now:
-                source.waiters.append(stream)
-                if source.units == number and source.begin < NEVER and not source.begin_told:
-                    source.begin_told = True
-                    self.at(source.begin, self.begun, source, source.token)
-                return
-            limit = source.finish + self.world.hop_latency
-        giver, taker = source.node, stream.node
+        if source.units <= number and (source.units < number or source.begin > now):
+            source.waiters.append(stream)
+            if source.units == number and source.begin < NEVER and not source.begin_told:
+                source.begin_told = True
+                self.at(source.begin, self.begun, source, source.token)
+            return
+        giver = source.node
         whole = stream.unit_size = self.next_unit(stream)
-        size = whole - stream.partial
-        latency = self.world.hop_latency
         free = self.up_free[giver]
         begin = free if free > now else now
-        sent = self.up_free[giver] = begin + size / self.up[giver]
-        free = self.down_free[taker]
-        begin += latency
-        down = free if free > begin else begin
-        got = self.down_free[taker] = down + size / self.down[taker]
-        self.book(stream, down, max(sent + latency, got, limit))
+        self.up_free[giver] = stream.sent = begin + (whole - stream.partial) / self.up[giver]
+        if begin - now > SOON:
+            # The receiver's link is free for others until the bytes come.
+            self.at(begin, self.land, stream, stream.token)
+        else:
+            self.land(stream, stream.token)
+
+    def land(self, stream: Stream, token: int) -> None:
+        """Occupy the receiver's link with a unit that its source begins to send."""
+        source = stream.source
+        if token != stream.token or (source and self.died[source.node] <= self.now):
+            return
+        latency, finish = self.world.hop_latency, stream.sent
+        if source is None:
+            latency = 0.0
+        elif source.units <= stream.units:
+            if source.finish == NEVER:
+                source.waiters.append(stream)
+                return
+            finish = max(finish, source.finish)
+        node = stream.node
+        size = stream.unit_size - stream.partial
+        begin = max(self.now + latency, self.down_free[node])
+        got = self.down_free[node] = begin + size / self.down[node]
+        self.book(stream, begin, max(finish + latency, got))
 
     def book(self, stream: Stream, begin: float, finish: float) -> None:
         stream.requested = self.now

@@ -167,6 +167,11 @@ class OriginLeases:
         if part.holder and part.until > now and part.holder != node:
             return Elsewhere((part.holder,), part.end, True, part.until - now)
         helpful = tuple(owner for owner in part.owners if owner != node and owner not in failed)
+        if part.end < size and book.at(part.end).holder == node and set(helpful) <= set(slow):
+            # The heir of a slow holder does not wait for it: it reads again the little by which it
+            # was behind.
+            failed = (*failed, *helpful)
+            helpful = ()
         if helpful and not part.holder:
             return Elsewhere(helpful, part.end, False, self._ttl)
         if now < self._quiet_until and part.holder != node:

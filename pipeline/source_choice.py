@@ -5,10 +5,10 @@ waits or reads. Bytes are taken in order, and whatever happens to a source, read
 same byte from the next one. The origin is read only under a lease (``origin_leases.py``), so that
 the children of a dead root do not all turn to the registry.
 
-A source that sends little is *asked* how far it is before it is left. One that waits for its own
-source is not to blame and its children stay with it, else a single dead node would make everybody
-below it look for others at once. One that has more than it sent, or that could receive more than it
-does, is slow. One that does not answer is dead.
+A source that sends little is *asked* how far it is and whom it reads from itself, and so on up to
+the first that has more. The one below that is slow, or its link is; only its own children leave it.
+All others further down wait for them, else one slow or dead node would make everybody below it look
+for other sources at once. One that does not answer its own children is dead.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 # No node has an empty name.
 ORIGIN: Final = ""
 
+_FADE: Final = 0.95
+# Deeper than any tree, so that two nodes that wait for each other are not asked for ever.
+_HOP_LIMIT: Final = 24
 _FAILED, _SLOW, _STARVED = "failed", "slow", "starved"
 
 
@@ -33,17 +36,19 @@ class Patience:
     when it gives less than ``slow_fraction`` of the expected rate, or less than ``least_rate``
     bytes per second, for ``slow``. One that waits for its own source is left after ``starved``.
     Who failed is passed over for ``avoid``, twice as long each time. ``tries`` is how often the
-    origin may fail without a byte in between.
+    origin may fail without a byte in between. ``margin`` bytes are on their way or in buffers: two
+    nodes that are equally far may seem to differ by so much.
     """
 
     silence: float = 1.0
     answer: float = 1.0
     slow: float = 2.0
-    slow_fraction: float = 0.5
+    slow_fraction: float = 0.35
     least_rate: float = 1024.0
-    starved: float = 4.0
+    starved: float = 8.0
     avoid: float = 5.0
     tries: int = 6
+    margin: int = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +61,7 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """Ask ``source`` how far it is, and whether it waits for its own; keep reading meanwhile."""
+    """Ask ``source`` how far it is and whom it reads from; keep reading meanwhile."""
 
     source: str
 
@@ -109,6 +114,7 @@ class Standing:
         self._slow: set[str] = set()
         self._strikes: dict[str, int] = {}
         self._until: dict[str, float] = {}
+        self._busy: dict[str, float] = {}
         self._banned: set[str] = set()
 
     def strike(self, source: str, now: float, *, failed: bool = False) -> None:
@@ -119,11 +125,12 @@ class Standing:
         (self._failed if failed else self._slow).add(source)
         strikes = self._strikes.get(source, 0)
         self._strikes[source] = strikes + 1
-        self.postpone(source, now + self._avoid * (1 << min(strikes, 6)))
+        self._until[source] = now + self._avoid * (1 << min(strikes, 6))
 
     def postpone(self, source: str, until: float) -> None:
-        """Pass ``source`` over until then, without holding it against it."""
-        self._until[source] = max(until, self._until.get(source, 0.0))
+        """Pass ``source`` over until then: it is busy, or waits itself."""
+        self._strikes[source] = self._strikes.get(source, 0) + 1
+        self._busy[source] = until
 
     def forgive(self, source: str) -> None:
         """Forget the strikes of a source that gave right bytes."""
@@ -148,9 +155,19 @@ class Standing:
         """Tell whether ``source`` gave wrong bytes."""
         return source in self._banned
 
+    def strikes(self, source: str) -> int:
+        """Return how often ``source`` was passed over since it last was good."""
+        return self._strikes.get(source, 0)
+
     def usable_from(self, source: str) -> float:
         """Return when ``source`` may be asked again; infinity for one that gave wrong bytes."""
-        return float("inf") if source in self._banned else self._until.get(source, 0.0)
+        if source in self._banned:
+            return float("inf")
+        return max(self._until.get(source, 0.0), self._busy.get(source, 0.0))
+
+    def can_give(self, source: str, now: float) -> bool:
+        """Tell whether ``source``, slow or not, gives bytes that it has."""
+        return not self.has_failed(source) and self._busy.get(source, 0.0) <= now
 
 
 class Pace:
@@ -163,10 +180,14 @@ class Pace:
         self.expected = 0.0
 
     def observe(self, rates: Iterable[float]) -> float:
-        """Take the rates of all streams whose sources were not waiting; return what to expect."""
+        """Take the rates of all streams whose sources were not waiting; return what to expect.
+
+        Called once a second. When most streams are slow at once, or few are left, what they got
+        before still counts for a while.
+        """
         ordered = sorted(rates)
-        if len(ordered) >= 3:
-            self.expected = ordered[len(ordered) // 2]
+        median = ordered[len(ordered) // 2] if len(ordered) >= 3 else 0.0
+        self.expected = max(median, self.expected * _FADE)
         return self.expected
 
 
@@ -176,14 +197,17 @@ class SourceChoice:
     __slots__ = (
         "_answered",
         "_asked",
+        "_below",
         "_elsewhere",
         "_heard",
+        "_hop",
+        "_hops",
         "_limit",
         "_origin_failures",
         "_origin_from",
         "_patience",
         "_pause_until",
-        "_slow",
+        "_reader_had",
         "_sources",
         "_spans",
         "_standing",
@@ -221,7 +245,10 @@ class SourceChoice:
         self._starved_since = 0.0
         self._window = 0.0
         self._window_position = position
-        self._slow = patience.slow
+        self._hop = self._below = ""
+        self._hops = 0
+        # How far a source that reads from the origin was when last asked; -1: no such source.
+        self._reader_had = -1
         self._pause_until = 0.0
         self._limit = length
         self._waits_for_lease = False
@@ -235,25 +262,10 @@ class SourceChoice:
 
     @property
     def is_starved(self) -> bool:
-        """Tell whether this stripe waits for others: what to answer when children ask.
-
-        As long as bytes come at the usual pace it is false, also on a slow node.
-        """
-        if self.done:
-            return False
-        return self.source is None or bool(self._asked) or bool(self._starved_since)
-
-    def waits(self, now: float, expected: float) -> bool:
-        """Tell, for an answer given now, whether this node is kept waiting by its source."""
-        if self.done or self.is_starved:
-            return not self.done
-        if now - self._heard > self._patience.silence / 2:
-            return True
-        elapsed = now - self._window
-        if elapsed < self._patience.slow / 2:
-            return False
-        rate = (self.position - self._window_position) / elapsed
-        return rate < expected * self._patience.slow_fraction
+        """Tell whether this stripe waits for others: its rate then says nothing of this node."""
+        return not self.done and (
+            self.source is None or bool(self._asked) or bool(self._starved_since)
+        )
 
     def source_of(self, position: int) -> str | None:
         """Return who gave the byte at ``position``."""
@@ -269,6 +281,15 @@ class SourceChoice:
     def begin(self, now: float) -> Action:
         """Return the first action."""
         return self._next(now)
+
+    def started(self, now: float, have: int) -> Action | None:
+        """Take note that the present source answers and has ``have`` bytes of the stripe.
+
+        One that is behind this node can only be waited for: another is better.
+        """
+        if self.source == ORIGIN or have + self._patience.margin >= self.position:
+            return None
+        return self._leave(now, _STARVED, "is behind")
 
     def received(self, count: int, now: float) -> Action | None:
         """Take note of bytes from the present source."""
@@ -321,37 +342,62 @@ class SourceChoice:
             # The registry client has its own limits for a body that stalls, and tells by failed().
             return None
         if self._asked:
-            if now - self._asked >= patience.answer:
+            if now - self._asked < patience.answer:
+                return None
+            if self._hop == self.source:
                 return self._leave(now, _FAILED, "does not answer")
+            # Those who read from that one will notice.
+            self._starve(now)
             return None
         if self._starved_since and now - self._starved_since >= patience.starved:
+            if self._reader_had >= 0:
+                return self._leave(now, _SLOW, "gets nothing from the origin")
             return self._leave(now, _STARVED, "has waited too long itself")
         if now - max(self._heard, self._answered) >= patience.silence:
-            return self._probe(now)
-        if now - self._window >= self._slow:
+            return self._probe(now, self.source)
+        if now - self._window >= patience.slow:
             rate = (self.position - self._window_position) / (now - self._window)
             if rate < max(expected * patience.slow_fraction, patience.least_rate):
-                return self._probe(now)
+                return self._probe(now, self.source)
             self._turn_window(now)
             self._starved_since = 0.0
-            self._slow = patience.slow
+            self._reader_had = -1
             self._standing.forgive(self.source)
         return None
 
-    def told(self, now: float, have: int, *, waiting: bool) -> Action | None:
-        """Take the answer to a probe: how far the source is, and whether it waits for its own."""
-        if not self._asked:
+    def told(self, now: float, have: int, upstream: str | None) -> Action | None:
+        """Take the answer to the last probe: how far that node is, and whom it reads from.
+
+        ``upstream`` is None while it looks for a source itself.
+        """
+        if not self._asked or self.source is None:
             return None
-        self._asked = 0.0
-        self._answered = now
-        if have <= self.position and waiting:
-            self._starved_since = self._starved_since or now
-            self._turn_window(now)
+        hop, below = self._hop, self._below
+        margin = self._patience.margin
+        if have > self.position + margin or have >= self.length:
+            if hop == self.source:
+                return self._leave(now, _SLOW, "has more than it sends")
+            if below == self.source:
+                return self._leave(now, _SLOW, "receives slowly")
+            self._starve(now)
             return None
-        # If that is no use, look longer the next time: perhaps it is this node that is slow.
-        self._slow = 2 * self._patience.slow
-        detail = "has more than it sends" if have > self.position else "receives slowly"
-        return self._leave(now, _SLOW, detail)
+        if hop == self.source and have + margin < self.position:
+            return self._leave(now, _STARVED, "is behind")
+        if upstream == ORIGIN and hop == self.source:
+            # It reads from the origin. If bytes come there and are few, it is slow; if none come
+            # the origin may be to blame, and another reader would get no more: that takes longer.
+            trickles = now - self._heard < self._patience.silence or 0 <= self._reader_had < have
+            self._reader_had = have
+            if trickles:
+                return self._leave(now, _SLOW, "receives slowly")
+            self._starve(now)
+            return None
+        self._hops += 1
+        if not upstream or self._hops > _HOP_LIMIT:
+            self._starve(now)
+            return None
+        self._hop, self._below, self._asked = upstream, hop, now
+        return Probe(upstream)
 
     def granted(self, now: float, end: int) -> Action:
         """Read from the origin up to ``end``."""
@@ -374,7 +420,7 @@ class SourceChoice:
             if self._standing.usable_from(node) <= now:
                 return self._take(now, node)
         for node in () if reading else nodes:
-            if not self._standing.has_failed(node):
+            if self._standing.can_give(node, now):
                 fetch = self._take(now, node)
                 self._limit = end
                 return fetch
@@ -394,9 +440,15 @@ class SourceChoice:
     def _next(self, now: float) -> Action:
         """Return the first source that may be asked now, else the way to the origin."""
         self.source = None
+        standing = self._standing
+        best, fewest = None, 1 << 30
         for source in (*self._sources, *self._elsewhere):
-            if self._standing.usable_from(source) <= now:
-                return self._take(now, source)
+            strikes = standing.strikes(source)
+            # In the planner's order, but whoever has never failed before all others.
+            if strikes < fewest and standing.usable_from(source) <= now:
+                best, fewest = source, strikes
+        if best is not None:
+            return self._take(now, best)
         if self._origin_failures >= self._patience.tries:
             return GiveUp(f"the origin failed {self._origin_failures} times, and no node helps")
         if now < self._origin_from:
@@ -411,6 +463,7 @@ class SourceChoice:
     def _take(self, now: float, source: str) -> Fetch:
         self.source = source
         self._limit = self.length
+        self._reader_had = -1
         self._asked = self._starved_since = self._answered = 0.0
         self._heard = now
         self._turn_window(now)
@@ -428,11 +481,17 @@ class SourceChoice:
         self._pause_until = min([now + seconds, *(at for at in usable if at > now)])
         return Pause(self._pause_until)
 
-    def _probe(self, now: float) -> Probe | None:
-        if not self.source:
-            return None
+    def _probe(self, now: float, source: str) -> Probe:
         self._asked = now
-        return Probe(self.source)
+        self._hop, self._below, self._hops = source, "", 0
+        return Probe(source)
+
+    def _starve(self, now: float) -> None:
+        """Stay with the source, which waits for others, for a time."""
+        self._asked = 0.0
+        self._answered = now
+        self._starved_since = self._starved_since or now
+        self._turn_window(now)
 
     def _leave(self, now: float, kind: str, detail: str) -> Action:
         source = self.source

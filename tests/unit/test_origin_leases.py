@@ -131,6 +131,16 @@ def test_the_rest_of_a_slow_holder_passes_on_when_it_says_how_far_it_is(
     assert book.granted_bytes == SIZE
 
 
+def test_an_heir_does_not_wait_for_the_slow_holder(book: OriginLeases) -> None:
+    book.ask("a", "k", SIZE, 0)
+    book.progress("a", "k", 20)
+    book.ask("b", "k", SIZE, 10, slow=("a",))
+    book.progress("a", "k", 30)
+    assert book.ask("c", "k", SIZE, 10, slow=("a",)) == Elsewhere(("a",), 30, False, TTL)
+    assert book.ask("b", "k", SIZE, 10, slow=("a",)) == Granted(10, SIZE, TTL)
+    assert book.granted_bytes == SIZE + 20
+
+
 def test_a_dead_heir_inherits_nothing(book: OriginLeases) -> None:
     book.ask("a", "k", SIZE, 0)
     book.ask("b", "k", SIZE, 0, slow=("a",))
