@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.documents import MANIFEST_LIMIT
 from stowray.pipeline.errors import ContentError, StowrayError
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
@@ -227,7 +229,7 @@ class LocalEngine:
                 raise
             plan = self._plan(image, options)
             outcomes = self._carry_out(source, image, plan, report, cancelled)
-        self.store.record_reference(_record(source, image, options, self.store))
+        self._record(source, image, options)
         if options.sync:
             self.store.sync()
         seconds = _seconds(plan, outcomes, resolve_seconds, time.perf_counter() - begun)
@@ -242,6 +244,16 @@ class LocalEngine:
             engine=self.name,
             node=self.settings.node_name,
         )
+
+    def _record(self, source: Source, image: Image, options: PullOptions) -> None:
+        """Record the image, with the OCI twin of a Docker manifest beside it."""
+        twin = _twin(image, self.store)
+        if twin is not None:
+            self.store.put_blob(Digest.of(twin), twin)
+        self.store.record_reference(_make_record(source, image, options, self.store, twin))
+        if twin is not None and not self.store.has(Digest.of(twin)):
+            # Collected just before the record could protect it.
+            self.store.put_blob(Digest.of(twin), twin)
 
     @contextmanager
     def _reported(self, source: Source) -> Iterator[None]:
@@ -420,7 +432,23 @@ def _report_present(report: Report, plan: Plan) -> None:
             report("commit", str(layer.chain_id), "exists")
 
 
-def _record(source: Source, image: Image, options: PullOptions, store: Store) -> ReferenceRecord:
+def _twin(image: Image, store: Store) -> bytes | None:
+    """Return the OCI twin of the image's manifest if other tools need one."""
+    manifest = image.manifest_descriptor
+    types = {
+        manifest.media_type,
+        *(part.media_type for part in (image.manifest.config, *image.layers)),
+    }
+    if not any("docker" in media_type.lower() for media_type in types):
+        return None
+    from stowray.pipeline.oci_manifest import oci_twin
+
+    return oci_twin(store.read_blob(manifest.digest, MANIFEST_LIMIT), manifest.media_type)
+
+
+def _make_record(
+    source: Source, image: Image, options: PullOptions, store: Store, twin: bytes | None
+) -> ReferenceRecord:
     known = store.find_reference(source.canonical, str(image.platform))
     return ReferenceRecord(
         reference=source.canonical,
@@ -435,6 +463,8 @@ def _record(source: Source, image: Image, options: PullOptions, store: Store) ->
         unpacked=options.unpack or (known is not None and known.unpacked),
         pinned=known is not None and known.pinned,
         created=time.time(),
+        twin=None if twin is None else Digest.of(twin),
+        twin_size=0 if twin is None else len(twin),
     )
 
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import InvalidPlatformError, StorageError
 from stowray.pipeline.files import read_regular, replace_file, translated
+from stowray.pipeline.media_types import OCI_MANIFEST
 from stowray.pipeline.platform import Platform
 
 if TYPE_CHECKING:
@@ -105,10 +106,12 @@ def _preference(
 
 
 def _entry(record: ReferenceRecord, *, plain: bool) -> dict[str, Any]:
+    # Tools that read layouts know OCI types alone: they get the twin of a Docker manifest.
+    has_twin = record.twin is not None
     entry: dict[str, Any] = {
-        "mediaType": record.manifest_media_type,
-        "digest": str(record.manifest),
-        "size": record.manifest_size,
+        "mediaType": OCI_MANIFEST if has_twin else record.manifest_media_type,
+        "digest": str(record.twin if has_twin else record.manifest),
+        "size": record.twin_size if has_twin else record.manifest_size,
         "annotations": {
             REF_NAME: spell(record.reference, "" if plain else record.platform or "unknown"),
             REFERENCE: record.reference,

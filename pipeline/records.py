@@ -111,11 +111,15 @@ class ReferenceRecord:
     unpacked: bool
     pinned: bool
     created: float
+    # The manifest's OCI twin for other tools, where it needs one; see ``oci_manifest``.
+    twin: Digest | None = None
+    twin_size: int = 0
 
     @property
     def digests(self) -> tuple[Digest, ...]:
         """Every blob that the image needs."""
-        return (self.resolved.digest, self.manifest, self.config, *self.layers)
+        twin = () if self.twin is None else (self.twin,)
+        return (self.resolved.digest, self.manifest, *twin, self.config, *self.layers)
 
     def payload(self) -> dict[str, Any]:
         """Return the record as JSON values."""
@@ -136,6 +140,8 @@ class ReferenceRecord:
             "unpacked": self.unpacked,
             "pinned": self.pinned,
             "created": self.created,
+            "twin": "" if self.twin is None else str(self.twin),
+            "twin_size": self.twin_size,
         }
 
     @classmethod
@@ -160,6 +166,8 @@ class ReferenceRecord:
                 unpacked=bool(payload["unpacked"]),
                 pinned=bool(payload["pinned"]),
                 created=float(payload["created"]),
+                twin=Digest(str(payload["twin"])) if payload["twin"] != "" else None,
+                twin_size=int(payload["twin_size"]),
             )
         except (KeyError, TypeError, ValueError, InvalidDigestError):
             return None
