@@ -27,7 +27,13 @@ from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection, Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
 from stowray.pipeline.quota import Quota, read_quota
-from stowray.pipeline.redact import host_of, public_url, redact_text
+from stowray.pipeline.redact import (
+    form_secrets,
+    host_of,
+    public_url,
+    redact_text,
+    sent_secrets,
+)
 from stowray.pipeline.retry import retry_after
 
 if TYPE_CHECKING:
@@ -84,6 +90,8 @@ class Client:
         self._clock = clock
         self._warn = warn
         self._warned: set[str] = set()
+        # What was sent in secret, by the header or form that carried it; in memory only.
+        self._sent: dict[str, tuple[str, ...]] = {}
         self._lock = threading.Lock()
         self._schemes: dict[tuple[str, bool], str] = {}
         self._quotas: dict[str, Quota] = {}
@@ -333,6 +341,8 @@ class Client:
                 sent_by = resource.host
             if document and not resource.home and patience_seconds is None:
                 patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
+        headers = tuple(headers)
+        self._remember_sent(headers, body)
         release = self._limiter.acquire(host, document=document, cancelled=cancelled)
         try:
             response = self._transport.exchange(
@@ -375,9 +385,21 @@ class Client:
         wanted = canonical_address(scheme, host)
         return any(canonical_address(scheme, known) == wanted for known in self._plain_http)
 
+    def _remember_sent(self, headers: Headers, body: bytes | None) -> None:
+        """Keep the logins that leave this process: whoever got one may quote it in an answer."""
+        for name, value in headers:
+            if name.lower() == "authorization" and value not in self._sent:
+                with self._lock:
+                    self._sent[value] = sent_secrets(value)
+        if body:
+            with self._lock:
+                self._sent[body.decode("ascii", "replace")] = form_secrets(body)
+
     def _show(self, text: str, host: str) -> None:
         if text:
-            self._tell(f"{host} warns: {redact_text(text)}")
+            with self._lock:
+                secrets = tuple(secret for known in self._sent.values() for secret in known)
+            self._tell(f"{host} warns: {redact_text(text, secrets)}")
 
     def _tell(self, shown: str) -> None:
         if self._warn is None:

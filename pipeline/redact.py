@@ -6,13 +6,18 @@ Errors name URLs by :func:`public_url`; text that others wrote goes through :fun
 
 from __future__ import annotations
 
+import base64
 import re
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stowray.pipeline.errors import escape
 
 # Queries that name what is asked for and grant nothing.
 HARMLESS_QUERIES = frozenset({"ns", "scope", "service"})
+# Fields of a token request that say who asks for what.
+HARMLESS_FORM = frozenset(
+    {"access_type", "client_id", "grant_type", "scope", "service", "username"}
+)
 DETAIL_LIMIT = 500
 
 # Compiled when first used, which is when something went wrong: they take as long as a request.
@@ -60,6 +65,24 @@ def query_secrets(url: str) -> tuple[str, ...]:
 def host_of(url: str) -> str:
     """Return ``host[:port]`` of ``url``."""
     return urlsplit(url).netloc.rpartition("@")[2]
+
+
+def sent_secrets(authorization: str) -> tuple[str, ...]:
+    """Return what the value of an ``Authorization`` header that was sent says in secret."""
+    scheme, _, value = authorization.partition(" ")
+    if scheme.lower() != "basic":
+        return (value,)
+    try:
+        password = base64.b64decode(value).partition(b":")[2].decode()
+    except ValueError:
+        return (value,)
+    return (value, password)
+
+
+def form_secrets(body: bytes) -> tuple[str, ...]:
+    """Return the values of a form that may grant something: passwords and tokens (RFC 6749)."""
+    pairs = parse_qsl(body.decode("ascii", "replace"))
+    return tuple(value for name, value in pairs if name not in HARMLESS_FORM)
 
 
 def redact_text(text: str, secrets: tuple[str, ...] = (), limit: int = DETAIL_LIMIT) -> str:

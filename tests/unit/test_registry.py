@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 import pickle
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -33,6 +35,7 @@ from tests.support.registry import (
     digest_of,
     incompressible,
 )
+from tests.support.small import small_tar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -602,6 +605,24 @@ def test_warnings_are_shown_once(fake: FakeRegistry) -> None:
         registry.resolve(reference(fake))
     registry.close()
     assert shown == [f"{fake.host} warns: this tag goes away"]
+
+
+@pytest.mark.parametrize("auth", ["basic", "bearer"])
+def test_a_warning_that_quotes_our_login_does_not_show_it(auth: str, tmp_path: Path) -> None:
+    shown: list[str] = []
+    file = tmp_path / "auth.json"
+    with FakeRegistry(auth=auth, users={"ann": "open sesame"}, anonymous=False) as guarded:
+        guarded.add_image("a/b", "1", [small_tar({"a": b"1"})])
+        pair = base64.b64encode(b"ann:open sesame").decode()
+        file.write_text(json.dumps({"auths": {guarded.host: {"auth": pair}}}))
+        quotes = f'299 - "you are open sesame, or {pair}"'
+        # The first answer is the challenge; whoever quotes a login knows it from a request.
+        guarded.fault("/manifests/", Fault())
+        guarded.fault("/manifests/", Fault(headers=(("Warning", quotes),)), repeat=True)
+        registry = Registry(RegistrySettings(authfile=str(file)), environment={}, warn=shown.append)
+        registry.resolve(Reference.parse(f"{guarded.host}/a/b:1"))
+        registry.close()
+    assert shown == [f"{guarded.host} warns: you are REDACTED, or REDACTED"]
 
 
 def test_errors_survive_pickling_without_secrets(fake: FakeRegistry, make: Make) -> None:
