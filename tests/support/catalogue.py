@@ -47,9 +47,13 @@ class Catalogue:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not kept.exists():
                 with self._scratch() as scratch:
-                    RECIPES[name](self, Layout(scratch / "layout"), scratch)
+                    self.recipe(name)(self, Layout(scratch / "layout"), scratch)
                     (scratch / "layout").rename(kept)
         return Layout(kept)
+
+    def recipe(self, name: str) -> Callable[[Catalogue, Layout, Path], None]:
+        """What builds the image; others have more of them."""
+        return RECIPES[name]
 
     @contextlib.contextmanager
     def _scratch(self) -> Iterator[Path]:
