@@ -1,8 +1,8 @@
 """One monotonic picture of all work under way, and at most one frame per watcher each 100 ms.
 
-Invariant: ``current`` of an ID never falls, each ID that appears ends in a final status, a watcher
-that attaches late is first given the present state, and a slow or failing watcher never holds up
-the work.
+Invariant: an ID is one thing on one node; its ``current`` never falls and it ends in a final
+status; a watcher that attaches late is first given the present state, and a slow or failing watcher
+never holds up the work.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 TICK_SECONDS = 0.1
 FINAL = frozenset({"resolved", "done", "exists", "applied", "committed", "failed"})
+
+Key = tuple[str, str, str, str]
 
 
 class Report(Protocol):
@@ -44,6 +46,11 @@ class Event:
     started: float = 0.0
     completed: float = 0.0
     error: str = ""
+
+    @property
+    def key(self) -> Key:
+        """Return what the event is about: node, reference, kind and ID."""
+        return self.node, self.reference, self.kind, self.id
 
     @property
     def is_final(self) -> bool:
@@ -79,8 +86,8 @@ class Progress:
         self._node = node
         self._clock = clock
         self._lock = threading.Lock()
-        self._events: dict[tuple[str, str, str], Event] = {}
-        self._changed: dict[tuple[str, str, str], None] = {}
+        self._events: dict[Key, Event] = {}
+        self._changed: dict[Key, None] = {}
         self._watchers: list[Callable[[Sequence[Event]], None]] = []
         self._wake = threading.Event()
         self._stop = threading.Event()
@@ -108,12 +115,25 @@ class Progress:
         error: str = "",
     ) -> None:
         """Note the present status of one ID."""
+        self._record(self._node, reference, kind, id, status, current, total, error)
+
+    def _record(
+        self,
+        node: str,
+        reference: str,
+        kind: str,
+        id: str,
+        status: str,
+        current: int,
+        total: int,
+        error: str,
+    ) -> None:
         now = self._clock.wall()
-        key = (reference, kind, id)
+        key = (node, reference, kind, id)
         with self._lock:
             known = self._events.get(key)
             if known is None:
-                known = Event(now, reference, self._node, id, kind, status, started=now)
+                known = Event(now, reference, node, id, kind, status, started=now)
             elif known.is_final and status != "failed":
                 # Shared work may be reported by several pulls of one reference; the first final
                 # word stands.
@@ -140,7 +160,7 @@ class Progress:
 
     def merge(self, event: Event) -> None:
         """Take over an event that another process or node made."""
-        key = (event.reference, event.kind, event.id)
+        key = event.key
         with self._lock:
             known = self._events.get(key)
             if known is not None:
@@ -164,7 +184,7 @@ class Progress:
                 if event.reference == reference and not event.is_final
             ]
         for event in left:
-            self.record(reference, event.kind, event.id, "failed", error=error)
+            self._record(event.node, reference, event.kind, event.id, "failed", 0, 0, error)
 
     def events(self) -> list[Event]:
         """Return the present state of every ID, in order of first appearance."""

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.live import Live
 
-    from stowray.pipeline.progress import Event, Progress
+    from stowray.pipeline.progress import Event, Key, Progress
 
 _PHASES = {"blob": "fetch", "layer": "unpack"}
 _SHORT = 12
@@ -64,16 +64,15 @@ class PlainLines:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._seen: dict[tuple[str, str, str], str] = {}
+        self._seen: dict[Key, str] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Write a line for each change of status worth one."""
         lines = []
         for event in events:
-            key = (event.reference, event.kind, event.id)
-            if self._seen.get(key) == event.status:
+            if self._seen.get(event.key) == event.status:
                 continue
-            self._seen[key] = event.status
+            self._seen[event.key] = event.status
             line = self._line(event)
             if line:
                 lines.append(line + "\n")
@@ -106,13 +105,13 @@ class LiveView:
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
-        self._events: dict[tuple[str, str, str], Event] = {}
+        self._events: dict[Key, Event] = {}
         self._live: Live | None = None
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Take over the changed events and draw."""
         for event in events:
-            self._events[event.reference, event.kind, event.id] = event
+            self._events[event.key] = event
         if self._live is None:
             from rich.console import Console
             from rich.live import Live

@@ -51,6 +51,16 @@ def test_frames_are_merged_between_ticks() -> None:
     assert set(frames) == {1}
 
 
+def test_the_same_blob_on_two_nodes_is_two_things() -> None:
+    progress = Progress(node="driver")
+    for node, current in (("a", 3), ("b", 1)):
+        progress.merge(Event(1.0, "r", node, "x", "blob", "downloading", current, 4, started=1.0))
+    progress.fail_open("r", "cut off")
+    progress.merge(Event(2.0, "r", "a", "x", "blob", "downloading", 4, 4, started=1.0))
+    states = {event.node: (event.status, event.current) for event in progress.events()}
+    assert states == {"a": ("failed", 3), "b": ("failed", 1)}
+
+
 def test_open_ids_end_as_failed() -> None:
     progress = Progress()
     progress.record("a", "blob", "x", "downloading", 1, 2)
