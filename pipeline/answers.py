@@ -18,7 +18,6 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from stowray.pipeline.redact import public_url, query_secrets, redact_text
 from stowray.pipeline.retry import is_transient
 
 if TYPE_CHECKING:
@@ -136,7 +135,7 @@ class Refusal:
         return self.status == 403 and _EXPIRED.search(self.message) is not None
 
 
-def refusal(response: Response, secrets: tuple[str, ...] = ()) -> Refusal:
+def refusal(response: Response) -> Refusal:
     """Return what an answer says went wrong, and give its connection back."""
     try:
         body = response.read(BODY_LIMIT)[:BODY_LIMIT]
@@ -144,15 +143,13 @@ def refusal(response: Response, secrets: tuple[str, ...] = ()) -> Refusal:
         # The status says enough, and its connection is closed below.
         body = b""
     challenged = bool(response.header_values("WWW-Authenticate"))
-    # Storage services quote a signed query in their errors.
-    secrets = (*secrets, *query_secrets(response.url))
     response.finish()
     code, message = describe(body)
     return Refusal(
-        url=public_url(response.url),
+        url=response.shown_url,
         status=response.status,
-        code=redact_text(code, secrets, 64),
-        message=redact_text(message, secrets),
+        code=response.secrets.redact(code, 64),
+        message=response.secrets.redact(message),
         challenged=challenged,
     )
 

@@ -16,9 +16,8 @@ from stowray.pipeline.addresses import realm_refusal
 from stowray.pipeline.challenge import Challenge, choose, parse
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import API_PATH, Connection
-from stowray.pipeline.errors import RegistryError, UnauthorizedError
+from stowray.pipeline.errors import CancelledError, RegistryError, UnauthorizedError
 from stowray.pipeline.flight import SingleFlight
-from stowray.pipeline.redact import public_url
 from stowray.pipeline.tokens import Token, TokenRequest, ask, merge_scopes, parse_scopes
 
 if TYPE_CHECKING:
@@ -26,6 +25,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.credential import Credential
     from stowray.pipeline.credentials import Credentials
+    from stowray.pipeline.known_secrets import KnownSecrets
     from stowray.pipeline.response import Headers, Response
 
     Send = Callable[[str, str, Headers, bytes | None, "Resource"], Response]
@@ -64,7 +64,6 @@ class Grant:
     header: str = ""
     token: str = ""
     scopes: tuple[str, ...] = ()
-    secrets: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         return f"Grant(scopes={self.scopes!r})"
@@ -90,12 +89,14 @@ class Authenticator:
         self,
         send: Send,
         credentials: Credentials,
+        secrets: KnownSecrets,
         *,
         trusted: Collection[str] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._send = send
         self._credentials = credentials
+        self._secrets = secrets
         self._trusted = trusted
         self._clock = clock
         self._lock = threading.Lock()
@@ -112,17 +113,16 @@ class Authenticator:
         if demand is None:
             return Grant()
         credential = self._credential(resource, cancelled)
-        secrets = credential.secrets if credential is not None else ()
         if demand.scheme == "basic":
             if credential is None or not credential.password:
                 return Grant()
-            return Grant(credential.basic, secrets=secrets)
+            return Grant(credential.basic)
         if credential is not None and credential.registry_token:
             token = credential.registry_token
         else:
             request = TokenRequest(resource.registry, demand.realm, demand.service, scopes)
             token = self._token(resource, request, credential, cancelled).value
-        return Grant(f"Bearer {token}", token, scopes, (*secrets, token))
+        return Grant(f"Bearer {token}", token, scopes)
 
     def challenged(
         self,
@@ -146,6 +146,7 @@ class Authenticator:
         challenge = choose(challenges)
         if challenge is None:
             names = ", ".join(sorted({known.scheme for known in challenges}))
+            names = self._secrets.redact(names)
             reason = f"it asks for {names}, which is not spoken here" if names else "401"
             raise UnauthorizedError(resource.registry, resource.scope, reason)
         if challenge.scheme == "basic":
@@ -182,7 +183,10 @@ class Authenticator:
         )
         if reason:
             raise RegistryError(
-                public_url(realm), 0, "", f"not asked for a token for {resource.host}: {reason}"
+                self._secrets.url(realm),
+                0,
+                "",
+                f"not asked for a token for {resource.host}: {reason}",
             )
         asked = parse_scopes(challenge.parameters.get("scope", ""))
         key = (resource.host, resource.scope)
@@ -192,7 +196,8 @@ class Authenticator:
                 if not asked or wanted == merge_scopes(sent.scopes):
                     # A realm may grant less than it was asked for and say nothing about it.
                     reason = "it does not exist, or this login does not reach that far"
-                    raise UnauthorizedError(resource.registry, " ".join(wanted), reason)
+                    scope = self._secrets.redact(" ".join(wanted))
+                    raise UnauthorizedError(resource.registry, scope, reason)
                 asked = wanted
             self._drop(resource, sent.token)
         with self._lock:
@@ -204,7 +209,10 @@ class Authenticator:
     def _credential(self, resource: Resource, cancelled: Callable[[], bool]) -> Credential | None:
         if resource.anonymous:
             return None
-        return self._credentials.find(resource.registry, resource.repository, cancelled)
+        found = self._credentials.find(resource.registry, resource.repository, cancelled)
+        if found is not None:
+            self._secrets.learn(*found.secrets)
+        return found
 
     def _token(
         self,
@@ -240,11 +248,16 @@ class Authenticator:
                     # A helper may have a better one the next time; a session lives for long.
                     self._credentials.forget(resource.registry)
                     raise
+                self._secrets.learn(token.value)
                 with self._lock:
                     self._tokens[key] = _Kept(token, begun + RENEW_AT * token.seconds)
             return token
 
-        return kept() or self._flights.do(key, fly, cancelled)
+        try:
+            return kept() or self._flights.do(key, fly, cancelled)
+        except CancelledError:
+            # A flight names its key, and this one tells the login.
+            raise CancelledError(f"token for {resource.registry}") from None
 
     def _drop(self, resource: Resource, token: str) -> None:
         with self._lock:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from stowray.pipeline.answers import parse_content_range, parse_length
 from stowray.pipeline.errors import RegistryError, SizeMismatchError, UnavailableError
-from stowray.pipeline.redact import host_of, public_url
+from stowray.pipeline.redact import host_of
 
 if TYPE_CHECKING:
     import zlib
@@ -85,7 +85,7 @@ class RegistryBlob:
     def _decoded(self, decoder: zlib._Decompress, size: int) -> bytes:
         import zlib
 
-        url = public_url(self._response.url)
+        url = self._response.shown_url
         while True:
             rest = decoder.unconsumed_tail
             if not rest:
@@ -146,10 +146,9 @@ def whole_blob(response: Response, descriptor: Descriptor, source: str) -> Regis
             return stream
         value = ", ".join(response.header_values("Content-Encoding"))
         if value.strip().lower() not in ("gzip", "x-gzip"):
-            url = public_url(response.url)
-            raise RegistryError(
-                url, response.status, "ENCODING", f"Content-Encoding {value[:40]!r}"
-            )
+            url = response.shown_url
+            shown = response.secrets.redact(value, 40)
+            raise RegistryError(url, response.status, "ENCODING", f"Content-Encoding {shown!r}")
         stream.decode_gzip()
         return stream
     if length is not None and length != descriptor.size:
@@ -162,5 +161,5 @@ def content_length(response: Response) -> int | None:
     try:
         return parse_length(response.header_values("Content-Length"))
     except ValueError as error:
-        url = public_url(response.url)
+        url = response.shown_url
         raise RegistryError(url, response.status, "PROTOCOL", str(error)) from error

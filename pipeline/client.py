@@ -20,20 +20,14 @@ from stowray.pipeline.addresses import (
     refusal,
     same_origin,
 )
-from stowray.pipeline.answers import Refusal, parse_warning
+from stowray.pipeline.answers import Refusal
 from stowray.pipeline.answers import refusal as read_refusal
 from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection, Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
-from stowray.pipeline.quota import Quota, read_quota
-from stowray.pipeline.redact import (
-    form_secrets,
-    host_of,
-    public_url,
-    redact_text,
-    sent_secrets,
-)
+from stowray.pipeline.notices import Notices
+from stowray.pipeline.redact import host_of, public_url
 from stowray.pipeline.retry import retry_after
 
 if TYPE_CHECKING:
@@ -41,6 +35,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.credentials import Credentials
     from stowray.pipeline.limiter import Limiter
+    from stowray.pipeline.quota import Quota
     from stowray.pipeline.response import Headers, Response
     from stowray.pipeline.transport import Transport
 
@@ -63,7 +58,7 @@ class Answer:
 
     def refusal(self) -> Refusal:
         """Return what the answer says went wrong; its connection is given back."""
-        return read_refusal(self.response, self.grant.secrets)
+        return read_refusal(self.response)
 
 
 def never() -> bool:
@@ -88,14 +83,14 @@ class Client:
         self._limiter = limiter
         self._plain_http = frozenset(plain_http)
         self._clock = clock
-        self._warn = warn
-        self._warned: set[str] = set()
-        # What was sent in secret, by the header or form that carried it; in memory only.
-        self._sent: dict[str, tuple[str, ...]] = {}
+        self._secrets = transport.secrets
+        self._secrets.add_source(credentials.known_secrets)
+        self._notices = Notices(self._secrets, limiter, warn)
         self._lock = threading.Lock()
         self._schemes: dict[tuple[str, bool], str] = {}
-        self._quotas: dict[str, Quota] = {}
-        self._auth = Authenticator(self._ask_realm, credentials, trusted=plain_http, clock=clock)
+        self._auth = Authenticator(
+            self._ask_realm, credentials, self._secrets, trusted=plain_http, clock=clock
+        )
 
     def request(
         self,
@@ -116,9 +111,36 @@ class Client:
         ``endpoint`` tells how ``host`` is reached when that is not the usual way.
         Raises UnauthorizedError for a 401 that no login can answer.
         """
+        endpoint = endpoint or Endpoint(host, registry, repository)
+        with self._notices.held():
+            return self._request(
+                method,
+                host,
+                path,
+                registry,
+                repository,
+                headers,
+                document,
+                anonymous,
+                endpoint,
+                cancelled,
+            )
+
+    def _request(
+        self,
+        method: str,
+        host: str,
+        path: str,
+        registry: str,
+        repository: str,
+        headers: Headers,
+        document: bool,
+        anonymous: bool,
+        endpoint: Endpoint,
+        cancelled: Callable[[], bool],
+    ) -> Answer:
         challenges = 0
         renewed = False
-        endpoint = endpoint or Endpoint(host, registry, repository)
         # Plain http by leave of one endpoint's file is not learned for another one's.
         place = (host, endpoint.plain_http)
         while True:
@@ -186,23 +208,19 @@ class Client:
     def get_foreign(self, url: str, cancelled: Callable[[], bool]) -> Answer:
         """Return the answer to a GET of a layer's own URL; nobody's login goes there."""
         scheme, host = url.partition("://")[0], host_of(url)
-        response = self._exchange(
-            "GET", url, (), document=False, cancelled=cancelled, sent_by=FOREIGN
-        )
+        ask = partial(self._exchange, "GET", headers=(), document=False, cancelled=cancelled)
+        response = ask(url, sent_by=FOREIGN, is_foreign=True)
         for _ in range(HOP_LIMIT):
             if response.status not in REDIRECTS:
                 return Answer(response, Grant(), redirected=False)
             url = self._next(response, url, Resource(host, scheme, host, ""))
-            response = self._exchange(
-                "GET", url, (), document=False, cancelled=cancelled, sent_by=FOREIGN
-            )
+            response = ask(url, sent_by=FOREIGN, is_foreign=True)
         response.close()
-        raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+        raise RegistryError(response.shown_url, 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
 
     def quota(self, host: str) -> Quota | None:
         """Return how many requests ``host`` still allows, None when it has not told."""
-        with self._lock:
-            return self._quotas.get(host)
+        return self._notices.quota(host)
 
     def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
         """Wait as long as ``count`` more bytes from ``host`` have to last."""
@@ -252,6 +270,7 @@ class Client:
                 resource=resource,
                 document=document,
                 cancelled=cancelled,
+                is_foreign=hop > 0,
             )
             if response.status == 401 and left:
                 response = self._ask_elsewhere(
@@ -271,7 +290,7 @@ class Client:
         status = response.status
         response.finish()
         if not location:
-            raise RegistryError(public_url(url), status, "REDIRECT", "a redirect to nowhere")
+            raise RegistryError(response.shown_url, status, "REDIRECT", "a redirect to nowhere")
         try:
             target = urljoin(url, location)
             reason = refusal(
@@ -283,10 +302,9 @@ class Client:
         except ValueError:
             target, reason = "", "not a URL"
         if reason:
-            where = public_url(target) or "somewhere"
-            raise RegistryError(
-                public_url(url), status, "REDIRECT", f"the redirect to {where} is refused: {reason}"
-            )
+            where = self._secrets.url(target) or "somewhere"
+            detail = f"the redirect to {where} is refused: {reason}"
+            raise RegistryError(response.shown_url, status, "REDIRECT", detail)
         return target
 
     def _ask_elsewhere(
@@ -317,6 +335,7 @@ class Client:
             resource=resource,
             document=document,
             cancelled=cancelled,
+            is_foreign=True,
         )
 
     def _exchange(
@@ -331,7 +350,9 @@ class Client:
         patience_seconds: float | None = None,
         resource: Resource | None = None,
         sent_by: str = "",
+        is_foreign: bool = False,
     ) -> Response:
+        """Make one exchange with a permit; ``is_foreign`` when others named ``url``."""
         host = host_of(url)
         connection = Connection()
         if resource is not None:
@@ -341,8 +362,6 @@ class Client:
                 sent_by = resource.host
             if document and not resource.home and patience_seconds is None:
                 patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
-        headers = tuple(headers)
-        self._remember_sent(headers, body)
         release = self._limiter.acquire(host, document=document, cancelled=cancelled)
         try:
             response = self._transport.exchange(
@@ -354,6 +373,7 @@ class Client:
                 patience_seconds=patience_seconds,
                 connection=connection,
                 sent_by="" if self._is_trusted(url) else sent_by,
+                is_foreign=is_foreign,
             )
         except BaseException:
             release()
@@ -364,51 +384,13 @@ class Client:
             if seconds is not None:
                 # All threads slow down, not only the one that was told.
                 self._limiter.pause(host, seconds)
-        quota = read_quota(response)
-        if quota is not None:
-            self._heed(quota, host)
-        for value in response.header_values("Warning"):
-            self._show(parse_warning(value), host)
+        self._notices.read(response, host)
         return response
-
-    def _heed(self, quota: Quota, host: str) -> None:
-        """Keep what a registry told of its quota; near its end warn and slow down."""
-        with self._lock:
-            before = self._quotas.get(host)
-            self._quotas[host] = quota
-        self._limiter.space_documents(host, quota.gap_seconds)
-        if quota.is_low and (before is None or not before.is_low or quota.remaining == 0):
-            self._tell(f"{host}: {quota}")
 
     def _is_trusted(self, url: str) -> bool:
         scheme, host = url.partition(":")[0], host_of(url)
         wanted = canonical_address(scheme, host)
         return any(canonical_address(scheme, known) == wanted for known in self._plain_http)
-
-    def _remember_sent(self, headers: Headers, body: bytes | None) -> None:
-        """Keep the logins that leave this process: whoever got one may quote it in an answer."""
-        for name, value in headers:
-            if name.lower() == "authorization" and value not in self._sent:
-                with self._lock:
-                    self._sent[value] = sent_secrets(value)
-        if body:
-            with self._lock:
-                self._sent[body.decode("ascii", "replace")] = form_secrets(body)
-
-    def _show(self, text: str, host: str) -> None:
-        if text:
-            with self._lock:
-                secrets = tuple(secret for known in self._sent.values() for secret in known)
-            self._tell(f"{host} warns: {redact_text(text, secrets)}")
-
-    def _tell(self, shown: str) -> None:
-        if self._warn is None:
-            return
-        with self._lock:
-            if shown in self._warned:
-                return
-            self._warned.add(shown)
-        self._warn(shown)
 
     def _ask_realm(
         self, method: str, url: str, headers: Headers, body: bytes | None, resource: Resource
@@ -423,6 +405,7 @@ class Client:
                 resource=resource,
                 document=True,
                 cancelled=never,
+                is_foreign=True,
             )
             if response.status not in REDIRECTS or method != "GET":
                 return response
@@ -434,11 +417,11 @@ class Client:
                 trusted=self._plain_http,
             )
             if reason:
-                raise RegistryError(public_url(url), response.status, "REDIRECT", reason)
+                raise RegistryError(response.shown_url, response.status, "REDIRECT", reason)
             if not same_origin(url, target):
                 headers = ()
             url = target
-        raise RegistryError(public_url(url), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
+        raise RegistryError(response.shown_url, 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
 
     def _root_challenge(self, resource: Resource, cancelled: Callable[[], bool]) -> Iterable[str]:
         url = f"{resource.scheme}://{resource.host}{resource.path}/"

@@ -9,6 +9,7 @@ answer is never quoted.
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
 from typing import TYPE_CHECKING, Final
@@ -26,6 +27,7 @@ HELPER_SECONDS: Final = 30.0
 FAILURE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.05
 OUTPUT_LIMIT: Final = 4096
+_MENTIONS_SECRET: Final = re.compile(r"[\"']Secret[\"']", re.IGNORECASE)
 NOT_FOUND: Final = "credentials not found in native keychain"
 
 
@@ -75,6 +77,11 @@ class CredentialHelpers:
                 raise failure[1]
             return key in self._answers, self._answers.get(key)
 
+    def known(self) -> tuple[Credential, ...]:
+        """Return what helpers have answered so far."""
+        with self._lock:
+            return tuple(filter(None, self._answers.values()))
+
     def forget(self, servers: Collection[str]) -> None:
         """Ask anew for ``servers`` from now on: what was said of them has expired."""
         with self._lock:
@@ -111,6 +118,9 @@ class CredentialHelpers:
             text = said.decode("utf-8", "replace")
             if NOT_FOUND in text:
                 return None
+            if _MENTIONS_SECRET.search(text):
+                # It failed in the middle of its answer: what of it is secret cannot be told.
+                raise UnauthorizedError(registry, "", f"{program} failed")
             raise UnauthorizedError(registry, "", f"{program} failed: {redact_text(text)}")
         return parse_answer(program, output, registry)
 

@@ -69,6 +69,21 @@ class Credentials:
                 return found
         return None
 
+    def known_secrets(self) -> tuple[str, ...]:
+        """Return all that the files hold and helpers have told, whoever it is for.
+
+        No helper is run. Raises UsageError for a file that cannot be read.
+        """
+        found = list(self._helpers.known())
+        for file in self._files:
+            with self._lock:
+                document = self._read(file)
+            for key, entry in _table(document, "auths", file.path).items():
+                credential = _credential(entry, key, file.path)
+                if credential is not None:
+                    found.append(credential)
+        return tuple(secret for credential in found for secret in credential.secrets)
+
     def forget(self, registry: str) -> None:
         """Ask helpers for ``registry`` anew: what they said has expired."""
         self._helpers.forget(_host_keys(registry))

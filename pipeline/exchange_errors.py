@@ -15,9 +15,10 @@ from stowray.pipeline.errors import (
     StowrayError,
     UnavailableError,
 )
-from stowray.pipeline.redact import host_of, redact_text
+from stowray.pipeline.redact import host_of
 
 if TYPE_CHECKING:
+    from stowray.pipeline.known_secrets import KnownSecrets
     from stowray.pipeline.watchdog import Watch
 
 _VERDICTS = {
@@ -45,7 +46,7 @@ def translated(error: Exception, watch: Watch) -> StowrayError:
     if not isinstance(error, exceptions.HTTPError | HTTPException | OSError | ValueError):
         # Nothing that a peer can cause: a mistake of ours must not look like a bad network.
         raise error
-    return _translated(error, watch.url)
+    return _translated(error, watch.url, watch.secrets)
 
 
 def is_stale(error: Exception) -> bool:
@@ -57,16 +58,16 @@ def is_stale(error: Exception) -> bool:
     return isinstance(cause, ConnectionResetError | BrokenPipeError)
 
 
-def _translated(error: Exception, url: str) -> StowrayError:
+def _translated(error: Exception, url: str, secrets: KnownSecrets) -> StowrayError:
     import ssl
 
     from urllib3 import exceptions
 
-    detail = redact_text(str(error.args[-1] if error.args else error))
+    detail = secrets.redact(str(error.args[-1] if error.args else error))
     inner = error.args[-1] if error.args else None
     for cause in (error, inner, error.__cause__, error.__context__):
         if isinstance(cause, ssl.SSLCertVerificationError):
-            reason = redact_text(cause.verify_message or str(cause))
+            reason = secrets.redact(cause.verify_message or str(cause))
             return RegistryError(url, 0, "TLS", f"the certificate is not trusted: {reason}")
     if isinstance(error, exceptions.ProxyError):
         return UnavailableError(url, 0, "PROXY", detail)

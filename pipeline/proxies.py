@@ -18,7 +18,7 @@ from stowray.pipeline.addresses import (
     split_host,
 )
 from stowray.pipeline.errors import UsageError
-from stowray.pipeline.redact import public_url
+from stowray.pipeline.redact import public_url, url_secrets
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -50,6 +50,10 @@ class Proxies:
             https=_checked("https_proxy", value("https_proxy") or fallback),
             bypass=bypass,
         )
+
+    def secrets(self) -> tuple[str, ...]:
+        """Return the passwords in the proxies' URLs."""
+        return (*url_secrets(self.http), *url_secrets(self.https))
 
     def choose(self, url: str) -> str:
         """Return the proxy for ``url``, ``""`` for none."""

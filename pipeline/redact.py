@@ -62,6 +62,15 @@ def query_secrets(url: str) -> tuple[str, ...]:
     )
 
 
+def url_secrets(url: str) -> tuple[str, ...]:
+    """Return the password in a URL, as it is written there and as it is meant."""
+    try:
+        password = urlsplit(url).password
+    except ValueError:
+        return ()
+    return (password, unquote(password)) if password else ()
+
+
 def host_of(url: str) -> str:
     """Return ``host[:port]`` of ``url``."""
     return urlsplit(url).netloc.rpartition("@")[2]

@@ -354,7 +354,7 @@ class Registry:
             return _checked(response, descriptor, endpoint.registry)
         if response.status < 300:
             response.close()
-            raise RegistryError(public_url(response.url), response.status, "", "not the blob")
+            raise RegistryError(response.shown_url, response.status, "", "not the blob")
         raise to_error(answer.refusal(), **_about(endpoint, what))
 
     def _blob_request(

@@ -15,7 +15,7 @@ from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import InvalidDigestError, ManifestError, RegistryError, escape
 from stowray.pipeline.media_types import UNSPECIFIC_TYPES
 from stowray.pipeline.origin import Resolved
-from stowray.pipeline.redact import host_of, public_url
+from stowray.pipeline.redact import host_of
 
 if TYPE_CHECKING:
     from stowray.pipeline.response import Response
@@ -71,7 +71,7 @@ def resolved(response: Response, body: bytes, digest: Digest) -> Resolved:
     media_type = told_type(response)
     if media_type == "text/html":
         # A captive portal or a login page answers everything with 200.
-        url = public_url(response.url)
+        url = response.shown_url
         raise RegistryError(url, response.status, "", "a web page came instead of a manifest")
     if media_type in UNSPECIFIC_TYPES:
         from stowray.pipeline.documents import detect_media_type

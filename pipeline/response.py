@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stowray.pipeline.errors import StowrayError, UnavailableError
 from stowray.pipeline.exchange_errors import translated, verdict
-from stowray.pipeline.redact import public_url
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
     from urllib3 import BaseHTTPResponse
 
     from stowray.pipeline.clock import Clock
+    from stowray.pipeline.known_secrets import KnownSecrets
     from stowray.pipeline.watchdog import Watch, Watchdog
 
 Headers = tuple[tuple[str, str], ...]
@@ -43,6 +43,11 @@ class Response:
         self.url = url
         self.status = int(raw.status)
 
+    @property
+    def shown_url(self) -> str:
+        """Return what of the URL may be shown."""
+        return self._watch.url
+
     def on_close(self, release: Callable[[], None]) -> None:
         """Call ``release`` when the exchange is over."""
         self._release = release
@@ -51,6 +56,11 @@ class Response:
     def seconds_waited(self) -> float:
         """Return how long the readers of the body have waited for it."""
         return self._watch.waited
+
+    @property
+    def secrets(self) -> KnownSecrets:
+        """Return what makes text of this answer fit to be shown."""
+        return self._watch.secrets
 
     def header(self, name: str) -> str | None:
         """Return the first value of a header."""
@@ -79,8 +89,8 @@ class Response:
         watch.waiting_since = begun = self._clock.monotonic()
         try:
             piece = self._raw.read1(size, decode_content=False) or b""
-        except Exception as error:
-            raise translated(error, watch) from error
+        except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
+            raise translated(error, watch) from None
         finally:
             watch.waiting_since = None
         watch.waited += self._clock.monotonic() - begun
@@ -116,8 +126,8 @@ class Response:
         watch.waiting_since = begun = self._clock.monotonic()
         try:
             count = direct.read_into(buffer)
-        except Exception as error:
-            raise translated(error, watch) from error
+        except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
+            raise translated(error, watch) from None
         finally:
             watch.waiting_since = None
         watch.waited += self._clock.monotonic() - begun
@@ -125,7 +135,7 @@ class Response:
         if watch.verdict:
             raise verdict(watch)
         if count == 0:
-            raise UnavailableError(public_url(self.url), 0, "CUT", "the body ended early")
+            raise UnavailableError(self.shown_url, 0, "CUT", "the body ended early")
         return count
 
     def finish(self) -> None:

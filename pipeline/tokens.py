@@ -20,7 +20,6 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from stowray.pipeline.redact import public_url, redact_text
 from stowray.pipeline.retry import is_transient
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _get(
     mark = "&" if "?" in request.realm else "?"
     url = f"{request.realm}{mark}{urlencode(pairs)}" if pairs else request.realm
     with send("GET", url, headers, None) as response:
-        return _read(response, request, credential)
+        return _read(response, request)
 
 
 def _post(
@@ -150,20 +149,21 @@ def _post(
     headers = (("Content-Type", "application/x-www-form-urlencoded"),)
     with send("POST", request.realm, headers, urlencode(form).encode("ascii")) as response:
         if response.status in _POST_REFUSED:
-            detail = _detail(response, credential)
+            detail = _detail(response)
             response.finish()
-            raise _PostRefusedError(public_url(response.url), response.status, "", detail)
-        return _read(response, request, credential)
+            raise _PostRefusedError(response.shown_url, response.status, "", detail)
+        return _read(response, request)
 
 
-def _read(response: Response, request: TokenRequest, credential: Credential | None) -> Token:
-    url = public_url(response.url)
+def _read(response: Response, request: TokenRequest) -> Token:
+    url = response.shown_url
     if response.status in (401, 403):
-        detail = f"{url}: {_detail(response, credential)}"
+        detail = f"{url}: {_detail(response)}"
         response.finish()
-        raise UnauthorizedError(request.registry, " ".join(request.scopes), detail)
+        scope = response.secrets.redact(" ".join(request.scopes))
+        raise UnauthorizedError(request.registry, scope, detail)
     if response.status != 200:
-        detail = _detail(response, credential)
+        detail = _detail(response)
         response.finish()
         kind = UnavailableError if is_transient(response.status) else RegistryError
         raise kind(url, response.status, "", detail)
@@ -206,13 +206,12 @@ def _life(expires: Any) -> float:
     return float(min(expires, 86400 * 365)) if expires > SHORTEST_SECONDS else SHORTEST_SECONDS
 
 
-def _detail(response: Response, credential: Credential | None) -> str:
+def _detail(response: Response) -> str:
     try:
         body = response.read(DETAIL_READ)[:DETAIL_READ]
     except StowrayError:
         return ""
     from stowray.pipeline.answers import describe
 
-    secrets = credential.secrets if credential is not None else ()
     code, message = describe(body)
-    return redact_text(" ".join(filter(None, (code, message))), secrets)
+    return response.secrets.redact(" ".join(filter(None, (code, message))))

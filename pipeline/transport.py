@@ -19,8 +19,9 @@ from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.exchange_errors import is_stale, translated, verdict
+from stowray.pipeline.known_secrets import KnownSecrets
 from stowray.pipeline.proxies import Proxies
-from stowray.pipeline.redact import host_of, public_url
+from stowray.pipeline.redact import host_of, public_url, url_secrets
 from stowray.pipeline.response import Response
 from stowray.pipeline.watchdog import Watch, Watchdog
 
@@ -72,6 +73,7 @@ class Transport:
         self._connect_seconds = connect_seconds
         self._stall_seconds = stall_seconds
         self._proxies = proxies or Proxies()
+        self.secrets = KnownSecrets(self._proxies.secrets)
         self._lock = threading.Lock()
         self._managers: dict[tuple[str, Connection], PoolManager] = {}
         self._contexts: dict[Connection, ssl.SSLContext] = {}
@@ -90,28 +92,34 @@ class Transport:
         patience_seconds: float | None = None,
         connection: Connection = PLAIN_CONNECTION,
         sent_by: str = "",
+        is_foreign: bool = False,
     ) -> Response:
         """Send one request and return its answer, whatever its status.
 
         A kept-alive connection that the server had closed meanwhile is replaced without a word (RFC
         9112, section 9.3.1). Raises CancelledError, UnavailableError, or RegistryError for what
         another try would not mend. ``patience_seconds`` replaces the usual wait for an answer;
-        ``sent_by`` is the registry whose redirect or challenge names ``url``.
+        ``sent_by`` is the registry whose redirect or challenge names ``url``; ``is_foreign`` tells
+        that somebody else than us wrote it, so that it is shown with care.
         """
         from urllib3 import HTTPHeaderDict, Timeout
 
         sent = HTTPHeaderDict()
         sent.add("User-Agent", USER_AGENT)
         sent.add("Accept-Encoding", "identity")
+        headers = tuple(headers)
         for name, value in headers:
             sent.add(name, value)
+        # Whoever gets it may quote it in what it answers.
+        self.secrets.learn_request(url, headers, body)
+        shown = self.secrets.url(url) if is_foreign else public_url(url)
         manager = self._manager(url, connection)
         connect_seconds = connection.connect_seconds or self._connect_seconds
         timeout = Timeout(connect=connect_seconds, read=self._stall_seconds)
         while True:
             now = self.clock.monotonic()
             limit = patience_seconds or connect_seconds + self._stall_seconds
-            watch = Watch(public_url(url), cancelled, now, now + limit)
+            watch = Watch(shown, cancelled, now, now + limit, self.secrets)
             if sent_by and not self._proxies.choose(url):
                 watch.refuses = partial(is_refused_peer, registry_peer=self._peers.get(sent_by, ""))
             self._current.watch = watch
@@ -128,11 +136,12 @@ class Transport:
                     preload_content=False,
                     decode_content=False,
                 )
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
                 self.watchdog.remove(watch)
                 if watch.reused and not watch.verdict and is_stale(error):
                     continue
-                raise translated(error, watch) from error
+                # Not with its cause, which may quote the whole of a signed URL.
+                raise translated(error, watch) from None
             except BaseException:
                 self.watchdog.remove(watch)
                 raise
@@ -165,6 +174,8 @@ class Transport:
     def _manager(self, url: str, connection: Connection) -> PoolManager:
         # Pools are never shared by connections of different trust.
         proxy = connection.proxy or self._proxies.choose(url)
+        if connection.proxy:
+            self.secrets.learn(*url_secrets(proxy))
         key = (proxy, connection)
         with self._lock:
             manager = self._managers.get(key)

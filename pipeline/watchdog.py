@@ -13,6 +13,8 @@ import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from stowray.pipeline.known_secrets import KnownSecrets
+
 if TYPE_CHECKING:
     from collections.abc import Callable
 
@@ -27,7 +29,8 @@ class Watch:
     """One exchange: what may end it, and what it has seen.
 
     Only time spent waiting for the peer counts for its speed: a reader that is itself slow (a full
-    disk queue, a hash) must not make a good source look bad. ``refuses`` tells addresses that a
+    disk queue, a hash) must not make a good source look bad. ``url`` is fit to be shown, and
+    ``secrets`` makes other text so. ``refuses`` tells addresses that a
     connection made for it must not lead to; ``peer`` is the one that it led to.
     """
 
@@ -35,6 +38,7 @@ class Watch:
     cancelled: Callable[[], bool] | None
     begun: float
     headers_deadline: float
+    secrets: KnownSecrets = field(default_factory=KnownSecrets, repr=False)
     refuses: Callable[[str], bool] | None = None
     peer: str = ""
     connection: socket.socket | None = None
