@@ -1,7 +1,7 @@
 """Every setting with its unit and default, and where a value may come from.
 
 Order, the later wins: the defaults here, the settings file (TOML), the environment
-(``STOWRAY_STORE``), the command line. ``configs/default.toml`` lists every key; a test holds it
+(``STOWRAY_STORE``, ``STOWRAY_NODE``), the command line. ``configs/default.toml`` lists every key; a test holds it
 against this module. Invariant: an unknown key or a value of the wrong kind is a UsageError that
 names the key, never ignored.
 """
@@ -17,6 +17,7 @@ from typing import Any
 from stowray.pipeline.errors import UsageError
 
 SYSTEM_STORE = "/var/lib/stowray"
+NODE_VARIABLE = "STOWRAY_NODE"
 
 
 def _processors() -> int:
@@ -84,8 +85,8 @@ class Settings:
 
     @property
     def node_name(self) -> str:
-        """Return the configured name of this node, else the host name."""
-        return self.node or socket.gethostname()
+        """Return the configured name of this node, else ``STOWRAY_NODE``, else the host name."""
+        return self.node or os.environ.get(NODE_VARIABLE, "") or socket.gethostname()
 
     def store_path(self) -> Path:
         """Return the absolute path of the store with ``{node}`` filled in."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import socket
 import tomllib
 from pathlib import Path
 
@@ -93,3 +94,12 @@ def test_the_store_path_takes_the_node_name_and_the_environment(monkeypatch) -> 
     monkeypatch.setenv("XDG_DATA_HOME", "/x")
     expected = "/var/lib/stowray" if os.geteuid() == 0 else "/x/stowray"
     assert Settings().store_path() == Path(expected)
+
+
+def test_a_node_is_called_as_configured_else_as_its_environment_says(monkeypatch) -> None:
+    monkeypatch.setenv("STOWRAY_NODE", "n8")
+    assert Settings().node_name == "n8"
+    assert Settings(store="/s/{node}").store_path() == Path("/s/n8")
+    assert Settings(node="n7").node_name == "n7"
+    monkeypatch.delenv("STOWRAY_NODE")
+    assert Settings().node_name == socket.gethostname()
