@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.retry import Retries
     from stowray.pipeline.settings import RegistrySettings
     from stowray.pipeline.source import Source
+    from stowray.pipeline.source_choice import Report as Remark
 
 BUFFER_SIZE = 256 * 1024
 SMALLEST_GAP = 1 << 20
@@ -60,6 +61,14 @@ class Work:
     opened: bool = False
     failure: tuple[Source, StowrayError] | None = None  # an earlier one, when this began
     writers: set[int] = field(default_factory=set)  # who wrote into this generation
+    by_source: dict[str, int] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+
+    def count(self, source: str, received: int) -> None:
+        """Add what ``source`` sent since ``received`` bytes had come in all."""
+        more = self.received - received
+        if more:
+            self.by_source[source] = self.by_source.get(source, 0) + more
 
     def tell(self, status: str, current: int) -> None:
         """Report how far the blob is."""
@@ -94,6 +103,7 @@ class Copier:
     def take_part(self, work: Work, ingest: Ingest, origin: Origin | Place) -> None:
         """Append what one answer of one source brings, perhaps not all that is left."""
         work.opened = False
+        before = work.received
         wanted = (work.reference, work.descriptor)
         first = open_first_part(origin, ingest, self._settings, self._hosts, wanted, work.cancelled)
         stream: BlobStream
@@ -107,29 +117,37 @@ class Copier:
         with stream:
             work.source = stream.source
             work.opened = True
-            copying = _Copying(stream, ingest, id(origin), end)
-            lanes = open_lanes(
-                origin,
-                stream,
-                ingest,
-                self._settings,
-                self._hosts,
-                wanted,
-                work.cancelled,
-                partial(self._tell_progress, work),
-                self._clock,
-                end=end,
-            )
-            if lanes is None:
-                self._copy(work, copying, None)
-                return
             try:
-                with lanes:
-                    self._copy_along(work, copying, lanes)
+                self._take_stream(work, ingest, origin, stream, end)
             finally:
-                # What the first stream brought is counted where it is read.
-                work.received += lanes.received - copying.received
-                work.retries.count += lanes.retries
+                work.count(stream.source, before)
+
+    def _take_stream(
+        self, work: Work, ingest: Ingest, origin: Origin | Place, stream: BlobStream, end: int
+    ) -> None:
+        copying = _Copying(stream, ingest, id(origin), end)
+        lanes = open_lanes(
+            origin,
+            stream,
+            ingest,
+            self._settings,
+            self._hosts,
+            (work.reference, work.descriptor),
+            work.cancelled,
+            partial(self._tell_progress, work),
+            self._clock,
+            end=end,
+        )
+        if lanes is None:
+            self._copy(work, copying, None)
+            return
+        try:
+            with lanes:
+                self._copy_along(work, copying, lanes)
+        finally:
+            # What the first stream brought is counted where it is read.
+            work.received += lanes.received - copying.received
+            work.retries.count += lanes.retries
 
     def _copy_along(self, work: Work, copying: _Copying, lanes: Lanes) -> None:
         try:

@@ -8,7 +8,7 @@ never committed. A cancelled fetch keeps what it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -32,7 +32,7 @@ from stowray.pipeline.retry import Retries, uniform, wait
 from stowray.pipeline.settings import RegistrySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
@@ -40,7 +40,10 @@ if TYPE_CHECKING:
     from stowray.pipeline.origin import Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
+    from stowray.pipeline.source_choice import Report as Remark
     from stowray.pipeline.store import Store
+
+    Download = Callable[[Work, Ingest], None]
 
 FIRST_LOOK_SECONDS = 0.005
 TAKE_OVER_SECONDS = 0.1
@@ -64,8 +67,10 @@ KNOWN_BLOBS = {
 class Fetched:
     """How a blob came.
 
-    ``source`` is ``store`` when no source was asked; ``fetched_bytes`` counts all that was received
-    for it, also what had to be thrown away.
+    ``source`` is ``store`` when no source was asked, else the last one, and in a run the one that
+    gave most; ``fetched_bytes`` counts all that was received for it, also what had to be thrown
+    away, and ``by_source`` who sent how much of that: a registry's host or ``peer:NODE``.
+    ``remarks`` tell which nodes failed, were slow or lied.
     """
 
     digest: Digest
@@ -73,6 +78,8 @@ class Fetched:
     fetched_bytes: int = 0
     seconds: float = 0.0
     retries: int = 0
+    by_source: Mapping[str, int] = field(default_factory=dict)
+    remarks: tuple[Remark, ...] = ()
 
 
 class Fetcher:
@@ -107,10 +114,12 @@ class Fetcher:
         report: Report,
         cancelled: Callable[[], bool] = never,
         origins: Sequence[Origin] | None = None,
+        download: Download | None = None,
     ) -> Fetched:
         """Bring the blob into the store and return how it came; idempotent.
 
-        ``origins`` replaces those of the fetcher for this blob.
+        ``origins`` replaces those of the fetcher for this blob, and ``download`` the way in which
+        the ingest is filled and committed.
         """
         begun = self._clock.monotonic()
         digest = descriptor.digest
@@ -124,11 +133,18 @@ class Fetcher:
             sources,
             list(sources),
         )
-        source = self._bring(work)
-        seconds = self._clock.monotonic() - begun
-        return Fetched(digest, source, work.received, seconds, work.retries.count)
+        source = self._bring(work, download or self._download)
+        return Fetched(
+            digest,
+            source,
+            work.received,
+            self._clock.monotonic() - begun,
+            work.retries.count,
+            work.by_source,
+            tuple(work.remarks),
+        )
 
-    def _bring(self, work: Work) -> str:
+    def _bring(self, work: Work, download: Download) -> str:
         descriptor = work.descriptor
         work.failure = self._failures.get(descriptor.digest)
         work.tell("waiting", 0)
@@ -147,7 +163,7 @@ class Fetcher:
                 status = "exists"
             else:
                 try:
-                    self._download(work, ingest)
+                    download(work, ingest)
                 except CancelledError:
                     raise
                 except StowrayError as error:
