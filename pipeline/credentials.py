@@ -8,7 +8,6 @@ entries (docker-config(5), containers-auth.json(5)).
 from __future__ import annotations
 
 import base64
-import binascii
 import json
 import re
 import threading
@@ -233,7 +232,7 @@ def _credential(entry: Any, key: str, path: Path) -> Credential | None:
     if text("auth"):
         try:
             decoded = base64.b64decode(text("auth"), validate=True).decode("utf-8")
-        except (binascii.Error, UnicodeDecodeError) as error:
+        except ValueError as error:  # also for text that is not ASCII, without being binascii.Error
             raise UsageError(str(path), f"the auth of {key} is not base64") from error
         username, colon, password = decoded.partition(":")
         if not colon:
