@@ -86,7 +86,7 @@ def read_entry_list(tree: Path) -> dict[bytes, Record]:
             records[name] = Record(
                 file_type, mode, uid, gid, int(mtime), (device[0], device[1]), xattrs
             )
-    except (msgpack.UnpackException, ValueError, TypeError) as error:
+    except (msgpack.UnpackException, ValueError, TypeError, LookupError) as error:
         raise StorageError(str(path), f"damaged: {error}; pull the image again") from error
     return records
 

@@ -114,7 +114,7 @@ def encode_lock(content: LockFile) -> str:
     for canonical, image in sorted(content.images.items()):
         lines += ["", "[[images]]", f"reference = {quote(canonical)}"]
         lines.append(f"digest = {quote(image.digest)}")
-        if image.media_type:
+        if image.media_type or image.size:
             lines += [f"media_type = {quote(image.media_type)}", f"size = {image.size}"]
         if image.manifests:
             lines.append("[images.manifests]")

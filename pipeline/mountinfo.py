@@ -9,7 +9,7 @@ from pathlib import Path
 from stowray.pipeline.errors import StorageError
 
 MOUNTINFO = Path("/proc/self/mountinfo")
-_ESCAPE = re.compile(rb"\\([0-7]{3})")
+_ESCAPE = re.compile(rb"\\([0-3][0-7]{2})")
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,10 @@ def _decode(field: bytes) -> bytes:
 def parse_mountinfo(text: bytes) -> list[Mount]:
     """Return the mounts that ``text`` lists, oldest first."""
     mounts = []
-    for line in text.splitlines():
+    # Only the newline ends a line: a mount point's name may hold a carriage return as it is.
+    for line in text.split(b"\n"):
+        if not line:
+            continue
         left, separator, right = line.partition(b" - ")
         fields, tail = left.split(b" "), right.split(b" ")
         if not separator or len(fields) < 6 or len(tail) < 2:

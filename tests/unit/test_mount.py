@@ -312,3 +312,8 @@ def test_mountinfo_is_read_with_its_escapes_and_options() -> None:
     assert topmost(b"/a", mounts) is None
     with pytest.raises(StorageError):
         parse_mountinfo(b"27 1 254:0 / /\n")
+
+
+def test_a_mount_point_with_a_carriage_return_hides_no_other() -> None:
+    text = b"44 30 0:39 / /a\rb ro - tmpfs none rw\n27 1 254:0 / / rw - ext4 /dev/vda rw\n"
+    assert [mount.point for mount in parse_mountinfo(text)] == [b"/a\rb", b"/"]
