@@ -72,6 +72,9 @@ class Reference:
         """The name as people write it: ``debian``, ``user/app``, ``host:5000/app``."""
         if self.registry != DEFAULT_REGISTRY:
             return self.name
+        if _split_registry(self.repository)[0] != DEFAULT_REGISTRY:
+            # `docker.io/a.b/c`: without the registry its first part would be read as one.
+            return self.name
         short = self.repository.removeprefix(OFFICIAL_PREFIX)
         # `library/a/b` must keep its prefix: without it, it would be the repository `a/b`.
         return self.repository if "/" in short else short

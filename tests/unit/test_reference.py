@@ -133,6 +133,10 @@ def test_the_official_prefix_stays_where_it_would_be_missed() -> None:
     assert Reference.parse("docker.io/library/a/b").familiar_name == "library/a/b"
 
 
+def test_the_familiar_name_never_names_another_registry() -> None:
+    assert Reference.parse("docker.io/a.b/c").familiar_name == "docker.io/a.b/c"
+
+
 def test_spellings_of_one_image() -> None:
     texts = ["ubuntu", "library/ubuntu", "docker.io/ubuntu", "index.docker.io/ubuntu"]
     texts += [f"{text}:latest" for text in texts]
