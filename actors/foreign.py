@@ -22,7 +22,11 @@ PROBE_SECONDS = 60.0
 
 @dataclass(frozen=True, slots=True)
 class NodeReport:
-    """What one node has; ``version`` is empty where the package is missing."""
+    """What one node has; ``version`` is empty where the package is missing.
+
+    ``node`` is the name that the environment of its raylet, or the settings file named there, gives
+    it.
+    """
 
     node_id: str
     address: str
@@ -30,6 +34,7 @@ class NodeReport:
     python: str = ""
     uid: int = -1
     host: str = ""
+    node: str = ""
     error: str = ""
 
 
@@ -47,26 +52,35 @@ def probe_nodes(node_ids: Sequence[str], addresses: Sequence[str]) -> list[NodeR
     return reports
 
 
+def complaint(report: NodeReport) -> str:
+    """Return why a node cannot take our actors, the half of a sentence; empty when it can."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    if report.error:
+        return f"does not answer ({report.error})"
+    if not report.version:
+        return "has no stowray"
+    if report.version != stowray.__version__:
+        return f"has stowray {report.version}"
+    if report.python.rpartition(".")[0] != python:
+        return f"has Python {report.python}"
+    return ""
+
+
+def mismatch(complaints: Sequence[str]) -> str:
+    """Return the sentence that these complaints make."""
+    python = ".".join(platform.python_version_tuple()[:2])
+    return (
+        f"this program is stowray {stowray.__version__} on Python {python}, but "
+        f"{'; '.join(complaints)} (install the same stowray on every node)"
+    )
+
+
 def require_like(reports: Sequence[NodeReport]) -> None:
     """Raise NodeError with one sentence when nodes cannot take our actors."""
-    wanted = stowray.__version__
-    python = ".".join(platform.python_version_tuple()[:2])
-    complaints = []
-    for report in reports:
-        if report.error:
-            complaints.append(f"{report.address} does not answer ({report.error})")
-        elif not report.version:
-            complaints.append(f"{report.address} has no stowray")
-        elif report.version != wanted:
-            complaints.append(f"{report.address} has stowray {report.version}")
-        elif report.python.rpartition(".")[0] != python:
-            complaints.append(f"{report.address} has Python {report.python}")
+    found = [(report.address, complaint(report)) for report in reports]
+    complaints = [f"{address} {text}" for address, text in found if text]
     if complaints:
-        raise NodeError(
-            "cluster",
-            f"this program is stowray {wanted} on Python {python}, but "
-            f"{'; '.join(complaints)} (install the same stowray on every node)",
-        )
+        raise NodeError("cluster", mismatch(complaints))
 
 
 def _look() -> dict[str, Any]:
@@ -76,6 +90,7 @@ def _look() -> dict[str, Any]:
     import platform
     import re
     import socket
+    import tomllib
 
     version = ""
     found = importlib.util.find_spec("stowray")
@@ -86,9 +101,19 @@ def _look() -> dict[str, Any]:
         except OSError:
             match = None
         version = match[1] if match else "unknown"
+    node = os.environ.get("STOWRAY_NODE", "")
+    settings = os.environ.get("STOWRAY_CONFIG", "")
+    if settings and not node:
+        try:
+            with open(settings, "rb") as file:
+                node = str(tomllib.load(file).get("node", ""))
+        except (OSError, ValueError):
+            # Whoever works there with these settings will say what is wrong with them.
+            node = ""
     return {
         "version": version,
         "python": platform.python_version(),
         "uid": os.geteuid(),
         "host": socket.gethostname(),
+        "node": node,
     }

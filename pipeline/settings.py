@@ -1,9 +1,9 @@
 """Every setting with its unit and default, and where a value may come from.
 
-Order, the later wins: the defaults here, the settings file (TOML), the environment
-(``STOWRAY_STORE``, ``STOWRAY_NODE``), the command line. ``configs/default.toml`` lists every key; a test holds it
-against this module. Invariant: an unknown key or a value of the wrong kind is a UsageError that
-names the key, never ignored.
+Order, the later wins: the defaults here, the settings file (TOML), the command line; the
+environment (``STOWRAY_STORE``, ``STOWRAY_NODE``) stands in for what none of them names.
+``configs/default.toml`` lists every key; a test holds it against this module. Invariant: an unknown
+key or a value of the wrong kind is a UsageError that names the key, never ignored.
 """
 
 from __future__ import annotations
