@@ -16,8 +16,16 @@ import sys
 import time
 from pathlib import Path
 
+if "--inside" in sys.argv:
+    import atheris  # type: ignore[import-not-found, unused-ignore]
+
+    # The branches of the project alone: those of other packages tell nothing.
+    with atheris.instrument_imports(include=["stowray"]):
+        from tests.fuzz.targets import targets
+else:
+    from tests.fuzz.targets import targets
+
 from tests.fuzz.mutate import Finding, attempt, run
-from tests.fuzz.targets import targets
 
 
 def main() -> int:
@@ -91,8 +99,6 @@ def guided(name: str, options: argparse.Namespace) -> tuple[int, int]:
 
 def guide(name: str, options: argparse.Namespace) -> None:
     """Hand this process over to atheris; it does not return."""
-    import atheris  # type: ignore[import-not-found, unused-ignore]
-
     target = targets()[name]
     corpus = options.corpus / name
     corpus.mkdir(parents=True, exist_ok=True)
@@ -120,11 +126,6 @@ def guide(name: str, options: argparse.Namespace) -> None:
     arguments += ["-rss_limit_mb=2048"]
     if options.seconds:
         arguments.append(f"-max_total_time={options.seconds}")
-    # The branches of the project alone: those of the standard library tell nothing.
-    for module in [name for name in sys.modules if name.startswith("stowray.pipeline")]:
-        for value in vars(sys.modules[module]).values():
-            if getattr(value, "__module__", None) == module and hasattr(value, "__code__"):
-                value.__code__ = atheris.instrument_func(value).__code__
     atheris.Setup(arguments, once)
     atheris.Fuzz()
 
