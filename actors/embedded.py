@@ -21,6 +21,7 @@ from stowray.actors import environment, processes
 from stowray.actors.headwatch import connects
 from stowray.actors.scratch import scratch_directory, write_token
 from stowray.pipeline.errors import DeadlineError, NodeError
+from stowray.pipeline.settings import NODE_VARIABLE
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -48,8 +49,12 @@ class RayAddress:
 
 
 @contextmanager
-def embedded_ray(*, num_cpus: int | None = None) -> Iterator[RayAddress]:
-    """Start a private Ray, connect to it, and end it with all its processes at the end."""
+def embedded_ray(*, num_cpus: int | None = None, nodes: int = 1) -> Iterator[RayAddress]:
+    """Start a private Ray, connect to it, and end it with all its processes at the end.
+
+    With several ``nodes`` all are on this machine and on loopback; they are called ``node-1``,
+    ``node-2`` and so on, and each has ``num_cpus``.
+    """
     with scratch_directory() as directory:
         token_path = write_token(directory)
         with environment.applied(environment.private_settings(token_path)):
@@ -61,12 +66,13 @@ def embedded_ray(*, num_cpus: int | None = None) -> Iterator[RayAddress]:
                 environment.refresh()
             if ray.is_initialized():
                 raise NodeError("embedded Ray", "this process is connected to another Ray already")
-            keeper = _Keeper(directory, num_cpus)
+            keeper = _Keeper(directory, num_cpus, nodes)
             try:
                 node_id = keeper.start()
                 yield RayAddress(keeper.address, node_id, is_own=True, token_path=token_path)
             finally:
-                _stop(directory, keeper.address)
+                # Ray ends the nodes that it knows of, which those added are not.
+                _stop(directory, keeper.address, END_SECONDS if nodes == 1 else 0.5)
                 keeper.end()
 
 
@@ -125,9 +131,10 @@ class _Keeper:
     waits for a thread can be interrupted, one inside ``ray.init`` cannot.
     """
 
-    def __init__(self, directory: Path, num_cpus: int | None) -> None:
+    def __init__(self, directory: Path, num_cpus: int | None, nodes: int) -> None:
         self._directory = directory
         self._num_cpus = num_cpus
+        self._nodes = nodes
         self._ready = threading.Event()
         self._over = threading.Event()
         self._failures: list[BaseException] = []
@@ -137,8 +144,9 @@ class _Keeper:
     def start(self) -> str:
         """Start Ray and return the node's ID; ``address`` is the head's from then on."""
         self._thread.start()
-        if not self._ready.wait(START_SECONDS):
-            raise DeadlineError("starting an embedded Ray", START_SECONDS)
+        seconds = START_SECONDS * self._nodes
+        if not self._ready.wait(seconds):
+            raise DeadlineError("starting an embedded Ray", seconds)
         if self._failures:
             reason = f"did not start: {_one_line(self._failures[0])}"
             raise NodeError("embedded Ray", reason) from self._failures[0]
@@ -152,8 +160,9 @@ class _Keeper:
     def _keep(self) -> None:
         import ray
 
+        first = {} if self._nodes == 1 else {NODE_VARIABLE: _node_name(1)}
         try:
-            with _quiet():
+            with _quiet(), environment.applied(first):
                 ray.init(
                     address="local",
                     num_cpus=self._num_cpus,
@@ -164,13 +173,44 @@ class _Keeper:
                     namespace=NAMESPACE,
                     _temp_dir=str(self._directory),
                 )
+            for number in range(2, self._nodes + 1):
+                self._add(_node_name(number))
         except BaseException as error:  # noqa: BLE001 - handed to the waiting thread, which raises
             self._failures.append(error)
         self._ready.set()
         self._over.wait()
 
+    def _add(self, name: str) -> None:
+        """Start one more node of this Ray and wait until it belongs to it."""
+        from ray._private.node import Node
+        from ray._private.parameter import RayParams
 
-def _stop(directory: Path, address: str) -> None:
+        _, gcs_address = _here()
+        parameters = RayParams(
+            gcs_address=gcs_address,
+            redis_address=gcs_address,
+            num_cpus=self._num_cpus,
+            num_gpus=0,
+            object_store_memory=OBJECT_STORE_SIZE,
+            node_ip_address="127.0.0.1",
+            node_name=name,
+            node_manager_port=0,
+            dashboard_agent_listen_port=0,
+            min_worker_port=0,
+            max_worker_port=0,
+            include_log_monitor=False,
+            temp_dir=str(self._directory),
+            env_vars={NODE_VARIABLE: name},
+        )
+        # It returns when the raylet has told the head of itself.
+        Node(parameters, head=False, shutdown_at_exit=False, spawn_reaper=False)
+
+
+def _node_name(number: int) -> str:
+    return f"node-{number}"
+
+
+def _stop(directory: Path, address: str, grace_seconds: float) -> None:
     started = started_below(directory)
     in_order = False
     try:
@@ -178,7 +218,7 @@ def _stop(directory: Path, address: str) -> None:
             in_order = _shut_down(address)
         # Otherwise ray.init may be under way yet, and ray.shutdown would wait for it.
     finally:
-        for process in processes.wait_gone(started, END_SECONDS if in_order else 0.0):
+        for process in processes.wait_gone(started, grace_seconds if in_order else 0.0):
             process.send(signal.SIGKILL)
         processes.wait_gone(started, END_SECONDS)
 

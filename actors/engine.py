@@ -1,9 +1,7 @@
 """The engine on Ray: same plan, same results, same events as in-process, another crew.
 
 Invariant: whatever ends a pull ends its work on the actors too, within seconds; a Ray that the
-engine started ends with it, one that it found goes on. Which Ray: the one that this process is
-connected to already (a worker always is), else the ``--address`` or ``RAY_ADDRESS`` given, else
-this node's warm session, else an embedded one.
+engine started ends with it, one that it found goes on; which one: ``connect``.
 """
 
 from __future__ import annotations
@@ -14,13 +12,11 @@ import threading
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, joined_ray
+from stowray.actors.connect import connect
 from stowray.actors.headwatch import HeadWatch
 from stowray.actors.processes import Process
-from stowray.actors.session import warm_session
 from stowray.actors.wire import (
     documents_of,
     options_to_dict,
@@ -28,7 +24,7 @@ from stowray.actors.wire import (
     settings_to_dict,
 )
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
-from stowray.pipeline.errors import CancelledError, NodeError, UsageError, from_wire
+from stowray.pipeline.errors import CancelledError, NodeError, from_wire
 from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Event
 from stowray.pipeline.resolve import Request
@@ -258,22 +254,8 @@ class RayEngine(LocalEngine):
             return self._link
 
     def _connect(self) -> Link:
-        address = self.settings.address or os.environ.get("RAY_ADDRESS", "")
-        if "://" in address:
-            raise UsageError(
-                "--address", "Ray Client (ray://…) is not supported: run on a node of the cluster"
-            )
-        if is_connected():
-            return self._crew_of_run(self._stack.enter_context(joined_ray()))
-        if address and address != "local":
-            return self._crew_of_run(self._stack.enter_context(attached_ray(address)))
-        session = warm_session()
-        if session is not None:
-            ray = self._stack.enter_context(
-                attached_ray(session.address, token_path=Path(session.token_path))
-            )
-            return self._crew_of_session(ray)
-        return self._crew_of_run(self._stack.enter_context(embedded_ray()))
+        ray, is_session = connect(self.settings, self._stack)
+        return self._crew_of_session(ray) if is_session else self._crew_of_run(ray)
 
     def _crew_of_session(self, ray: RayAddress) -> Link:
         from stowray.actors import cluster

@@ -1,0 +1,46 @@
+"""Which Ray is used, and the way into it.
+
+Invariant: a Ray that is there is used before one is started: the one that this process is connected
+to already (a worker always is), else the ``--address`` or ``RAY_ADDRESS`` given, else this node's
+warm session, else a private one.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, joined_ray
+from stowray.actors.session import warm_session
+from stowray.pipeline.errors import UsageError
+
+if TYPE_CHECKING:
+    from contextlib import ExitStack
+
+    from stowray.actors.embedded import RayAddress
+    from stowray.pipeline.settings import Settings
+
+
+def connect(
+    settings: Settings, stack: ExitStack, *, embedded_nodes: int = 1
+) -> tuple[RayAddress, bool]:
+    """Connect until ``stack`` is closed; return the Ray and whether it is this node's session.
+
+    A Ray that is started here has ``embedded_nodes`` nodes. Raises NodeError, DeadlineError,
+    UsageError.
+    """
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    if "://" in address:
+        raise UsageError(
+            "--address", "Ray Client (ray://…) is not supported: run on a node of the cluster"
+        )
+    if is_connected():
+        return stack.enter_context(joined_ray()), False
+    if address and address != "local":
+        return stack.enter_context(attached_ray(address)), False
+    session = None if address else warm_session()
+    if session is not None and embedded_nodes == 1:
+        ray = attached_ray(session.address, token_path=Path(session.token_path))
+        return stack.enter_context(ray), True
+    return stack.enter_context(embedded_ray(nodes=embedded_nodes)), False
