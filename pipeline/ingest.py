@@ -5,7 +5,8 @@ Invariant: bytes that were exposed are never rewritten within a generation. The 
 ever standing in a writer's way); ``state`` says how long the contiguous prefix is. Nothing is
 visible under ``blobs/`` before its size and digest are proven, and a resumed prefix is hashed again
 from the disk and compared with the journal before a byte is added to it. What was written beyond
-the prefix is kept for the next writer of the same boot, and proven with the whole.
+the prefix is kept for the next writer of the same boot, and proven with the whole; followers see it
+only where a blob comes in stripes (``stripe_state``).
 """
 
 from __future__ import annotations
@@ -23,8 +24,10 @@ from stowray.pipeline.files import make_directory, storage_error, translated
 from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState, boot_key
 from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
 from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
+from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
 
@@ -33,6 +36,8 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY = 8 << 20
 SMALLEST_ISLAND = 4 << 10
+# The journal of the generation that was given up last, for those who look for who lied.
+CONDEMNED = "condemned"
 _READ_SIZE = 1 << 20
 _LIFE_SIGN_ATTEMPTS = 1000
 
@@ -98,11 +103,13 @@ class Ingest:
         self.size = size
         self.generation = 0
         self.is_resumed = False  # whether an earlier writer's bytes are in it
+        self.condemned: Mapping[int, bytes] = {}  # the checkpoints of the bytes given up last
         self._home = home
         self._boot = boot_key(home.boot)
         self._directory = directory
         self._lock = lock
         self._state: IngestState | None = None
+        self._stripes: StripeState | None = None
         self._journal: Journal | None = None
         self._data = -1
         self._hasher = digest.hasher()
@@ -172,6 +179,8 @@ class Ingest:
         try:
             if self._journal is not None:
                 self._journal.close()
+            if self._stripes is not None:
+                self._stripes.close()
             if self._state is not None:
                 unlock(self._state.descriptor)
                 self._state.close()
@@ -230,6 +239,25 @@ class Ingest:
                 at = max(at, right)
             return (at, end) if at < end else None
 
+    def show_stripes(self, count: int, unit: int) -> StripeState:
+        """Return what tells other processes how far each of ``count`` stripes is.
+
+        Whoever writes a stripe advances it there when the bytes are written.
+        """
+        if self._stripes is not None:
+            self._stripes.close()
+        with translated(self._directory, "tell how far the stripes are"):
+            self._stripes = StripeState.create(self._directory, self.generation, count, unit)
+        return self._stripes
+
+    def checkpoints(self) -> Mapping[int, bytes]:
+        """Return the digests of all bytes before each offset that was noted in this generation."""
+        if self._journal is None:
+            return {}
+        with translated(self._directory, "read the journal"):
+            history = self._journal.read()
+        return {point.offset: point.digest for point in history.checkpoints}
+
     def restart(self) -> None:
         """Give up the bytes so far, which proved wrong: a new generation begins at offset 0."""
         if self._state is None:
@@ -237,6 +265,9 @@ class Ingest:
         if self._prefix == 0 and not self._islands:
             return
         with self._guard, self._hashing, translated(self._directory, "begin a new generation"):
+            if self._journal is not None:
+                self.condemned = self.checkpoints()
+                self._journal.set_aside(self._directory / CONDEMNED)
             self._begin(self._state, self.generation + 1)
 
     def commit(self) -> None:
@@ -388,7 +419,8 @@ class Ingest:
         islands: list[tuple[int, int]] = []
         if same_boot and kept == exposed:
             islands = history.beyond(kept, min(self.size, os.fstat(self._data).st_size))
-        if kept < exposed:
+        shown = end_showing(self._directory, generation, self.size)
+        if kept < exposed or not are_within(shown, [(0, kept), *islands]):
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
             state.begin(generation + 1, self.size, self._boot)
@@ -415,6 +447,8 @@ class Ingest:
             os.close(self._data)
             self._data = -1
         state.begin(generation, self.size, self._boot)
+        if self._stripes is not None:
+            self._stripes.begin(generation)
         old = [entry for entry in self._directory.iterdir() if entry.name.startswith("data.")]
         self.generation = generation
         self._data = os.open(
