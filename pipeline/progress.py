@@ -33,7 +33,10 @@ class Report(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """The present state of one ID; times are wall-clock seconds, 0.0 while not reached."""
+    """The present state of one ID; times are wall-clock seconds, 0.0 while not reached.
+
+    ``begun`` is when it no longer waited its turn, for watchers in this process.
+    """
 
     time: float
     reference: str
@@ -46,6 +49,7 @@ class Event:
     started: float = 0.0
     completed: float = 0.0
     error: str = ""
+    begun: float = 0.0
 
     @property
     def key(self) -> Key:
@@ -151,6 +155,7 @@ class Progress:
                 total=total,
                 completed=now if final else 0.0,
                 error=error,
+                begun=known.begun or (0.0 if status == "waiting" else now),
             )
             self._events[key] = event
             self._changed[key] = None

@@ -45,6 +45,8 @@ COMMANDS = {
     "bundle": ("trees", "Write an OCI runtime bundle that runc starts."),
     "serve": ("serve", "Serve the store as a read-only registry."),
     "deliver": ("deliver", "Hand an image to containerd, podman, docker or an archive."),
+    "bench": ("bench", "Measure pulls, stage by stage; compare registries or records."),
+    "trace": ("trace", "Draw a run record as a timeline, for a browser or Perfetto."),
     "session": ("session", "Start, stop or show the warm private Ray."),
     "demo": ("demo", "Show the main job with a small image, no registry needed."),
 }

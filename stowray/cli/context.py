@@ -91,6 +91,20 @@ class Context:
             )
         return self._settings
 
+    def pass_on(self) -> list[str]:
+        """Return the options that a `stowray` started by this one needs to do the same elsewhere.
+
+        Without the store, and without what only concerns the answer of this one.
+        """
+        words = []
+        for name in ("engine", "address", "platform", "config", "authfile", "hosts_dir"):
+            value = self.value(name)
+            if value:
+                words += [f"--{name.replace('_', '-')}", str(value)]
+        for host in self.value("plain_http", ()):
+            words += ["--plain-http", host]
+        return words
+
     def store_path(self) -> Path:
         """Return where the store is."""
         return self.settings.store_path()

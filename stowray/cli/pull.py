@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import Observer, observe_options
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
     from stowray.cli.context import Context
     from stowray.pipeline.engine import LocalEngine, PullOptions
@@ -30,6 +32,7 @@ PARALLEL_PULLS = 4
 @click.option("--all-platforms", is_flag=True, help="Content of every platform, not unpacked.")
 @click.option("--sync", is_flag=True, help="Return only when all is safe from a power cut.")
 @click.option("--offline", is_flag=True, help="The same as --policy never.")
+@observe_options
 def pull_command(
     context: Context,
     references: tuple[str, ...],
@@ -38,6 +41,7 @@ def pull_command(
     all_platforms: bool,
     sync: bool,
     offline: bool,
+    record: Path | None,
 ) -> int:
     """Fetch images, verify them and unpack them into the store.
 
@@ -52,13 +56,15 @@ def pull_command(
         unpack=not (no_unpack or all_platforms),
         sync=sync,
     )
-    return pull_references(context, references, options, all_platforms=all_platforms)
+    observer = Observer(context, "pull", record=record)
+    return pull_references(context, references, options, observer, all_platforms=all_platforms)
 
 
 def pull_references(
     context: Context,
     references: Sequence[str],
     options: PullOptions,
+    observer: Observer,
     *,
     all_platforms: bool = False,
 ) -> int:
@@ -66,14 +72,18 @@ def pull_references(
     from stowray.cli.work import Work
 
     with Work(context) as work:
-        statuses = work.each(
+        observer.watch(work)
+        status = work.each(
             references,
-            lambda reference, cancelled: _pull(
-                work.engine, reference, options, cancelled, all_platforms=all_platforms
+            observer.observed(
+                lambda reference, cancelled: _pull(
+                    work.engine, reference, options, cancelled, all_platforms=all_platforms
+                )
             ),
             lambda results: _show(context, results),
         )
-    return statuses
+    observer.finish(work)
+    return status
 
 
 def _pull(
@@ -92,7 +102,7 @@ def _pull(
     return [engine.pull(source, options, cancelled)]
 
 
-def _show(context: Context, results: list[PullResult]) -> None:
+def _show(context: Context, results: Sequence[PullResult]) -> None:
     for result in results:
         if context.json:
             print(json.dumps(result.to_dict()))  # noqa: T201

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from stowray.cli.context import Context
     from stowray.pipeline.engine import LocalEngine
+    from stowray.pipeline.progress import Event
 
 PARALLEL = 4
 POLL_SECONDS = 0.2
@@ -38,6 +39,8 @@ class Work:
         self._interrupted = threading.Event()
         self._handlers: dict[int, Any] = {}
         self.progress = Progress(node=context.settings.node_name)
+        # Told of progress beside the display; like it, only from when the workers are forked.
+        self.watchers: list[Callable[[Sequence[Event]], None]] = []
         self.engine: LocalEngine = context.engine(self.progress, fork_workers=forks)
         self._warnings: list[str] = []
         self.engine.on_warning = self._warnings.append
@@ -64,6 +67,8 @@ class Work:
         """Show progress on stderr as the options say."""
         from stowray.display import attach
 
+        for watcher in self.watchers:
+            self.progress.watch(watcher)
         attach(
             self.progress,
             "none" if self._context.value("quiet") else self._context.value("progress", "auto"),

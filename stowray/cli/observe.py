@@ -1,0 +1,129 @@
+"""What a command leaves behind besides its answer: a run record (``--record``).
+
+Invariant: what is observed never changes how the work ends; a file that cannot be written is an
+error of its own, told after the work's answers.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from stowray.pipeline.errors import StowrayError, describe
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from stowray.cli.context import Context
+    from stowray.cli.work import Work
+    from stowray.pipeline.result import PullResult
+    from stowray.pipeline.run_record import Recorder, Run
+
+_FILE = click.Path(dir_okay=False, path_type=Path)
+
+
+def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the options that an :class:`Observer` carries out."""
+    return click.option(
+        "--record", metavar="FILE", type=_FILE, help="Keep a run record for `stowray trace`."
+    )(function)
+
+
+class Observer:
+    """Watches one command's pulls; does nothing at all unless asked for a file."""
+
+    def __init__(self, context: Context, kind: str, *, record: Path | None) -> None:
+        self._context = context
+        self._kind = kind
+        self._record = record
+        self._lock = threading.Lock()
+        self._runs: list[Run] = []
+        self._recorder: Recorder | None = None
+
+    @property
+    def is_needed(self) -> bool:
+        """Return whether anything was asked for."""
+        return self._record is not None
+
+    def watch(self, work: Work) -> None:
+        """Follow the progress of ``work`` from its beginning."""
+        if self.is_needed:
+            from stowray.pipeline.run_record import Recorder
+
+            self._recorder = Recorder()
+            work.watchers.append(self._recorder)
+
+    def observed(
+        self, pull: Callable[[str, Callable[[], bool]], Sequence[PullResult]]
+    ) -> Callable[[str, Callable[[], bool]], Sequence[PullResult]]:
+        """Return ``pull`` so that its results and errors are noted too."""
+        if self._recorder is None:
+            return pull
+        recorder = self._recorder
+
+        def observed(reference: str, cancelled: Callable[[], bool]) -> Sequence[PullResult]:
+            from stowray.pipeline.run_record import Run
+
+            started = recorder.now()
+            results: Sequence[PullResult] = ()
+            error: dict[str, Any] | None = None
+            try:
+                results = pull(reference, cancelled)
+            except StowrayError as failure:
+                error = {**describe(failure), "exit_code": failure.exit_code}
+                raise
+            finally:
+                seconds = recorder.now() - started
+                told: list[dict[str, Any] | None] = [result.to_dict() for result in results]
+                if error is not None:
+                    told.append(None)
+                with self._lock:
+                    self._runs += [
+                        Run(reference, "pull", number, started, seconds, result, error)
+                        for number, result in enumerate(told, 1)
+                    ]
+            return results
+
+        return observed
+
+    def finish(self, work: Work) -> None:
+        """Write what was asked for, after the work and its display have ended."""
+        recorder = self._recorder
+        if recorder is None:
+            return
+        # Also what ended before anybody watched: a pull that finds everything starts no display.
+        recorder(work.progress.events())
+        if self._record is not None:
+            self._write_record(recorder, self._record)
+
+    def _write_record(self, recorder: Recorder, path: Path) -> None:
+        from dataclasses import replace
+
+        from stowray import __version__
+        from stowray.pipeline.run_record import RunRecord, machine
+
+        runs = []
+        seen: set[str] = set()
+        for run in self._runs:
+            name = _canonical(run.reference)
+            # The platforms of one index are worked on as one.
+            spans = () if name in seen else recorder.spans(name)
+            seen.add(name)
+            runs.append(replace(run, reference=name, spans=spans))
+        options = {"engine": self._context.settings.engine}
+        record = RunRecord(
+            self._kind, __version__, recorder.started, machine(), options, tuple(runs)
+        )
+        record.write(path)
+
+
+def _canonical(text: str) -> str:
+    from stowray.pipeline.source import parse_source
+
+    try:
+        return parse_source(text).canonical
+    except StowrayError:
+        return text
