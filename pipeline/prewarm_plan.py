@@ -161,6 +161,21 @@ class PrewarmPlan:
     deliver: tuple[str, ...] = ()
     lock: str = ""
 
+    def lock_path(self, file: Path | None) -> Path | None:
+        """Return where the lock file lies, None for none; beside the plan's ``file``."""
+        if not self.lock:
+            return None
+        from pathlib import Path
+
+        return (file.parent if file is not None else Path()) / self.lock
+
+
+def wishes(references: Sequence[str], platforms: Sequence[str] = ()) -> list[str | dict[str, Any]]:
+    """Return entries for a plan's ``images``: ``references`` for ``platforms``."""
+    if not platforms:
+        return list(references)
+    return [{"reference": text, "platforms": list(platforms)} for text in references]
+
 
 def expand_waves(waves: Sequence[Wave], nodes: int) -> tuple[range, ...]:
     """Return the nodes of each wave as numbers; together they are all, no wave is empty.
@@ -177,12 +192,15 @@ def expand_waves(waves: Sequence[Wave], nodes: int) -> tuple[range, ...]:
 
 
 def load_plan(
-    path: Path | None, *, references: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+    path: Path | None,
+    *,
+    references: Sequence[str | dict[str, Any]] = (),
+    overrides: Mapping[str, Any] | None = None,
 ) -> PrewarmPlan:
     """Return the plan of the file and the arguments.
 
-    ``references`` are added to the file's images. ``overrides`` have the keys of the file with dots
-    (``limits.fan_out``); None and empty ones are passed over.
+    ``references`` are added to the file's images, as :func:`wishes` writes them. ``overrides`` have
+    the keys of the file with dots (``limits.fan_out``); None and empty ones are passed over.
     """
     origin = str(path) if path else "command line"
     document = _read(path) if path else {}

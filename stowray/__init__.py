@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from stowray.api import CacheKey, Image, SnapshotHandle, pull, resolve
+    from stowray.api import CacheKey, Image, SnapshotHandle, prewarm, pull, resolve, status
+    from stowray.job import Job
     from stowray.pipeline.errors import (
         CancelledError,
         ContentError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
         UsageError,
     )
     from stowray.pipeline.platform import Platform
+    from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.progress import Event
     from stowray.pipeline.reference import Reference
     from stowray.pipeline.result import LayerResult, PullResult
@@ -49,6 +51,7 @@ __all__ = [
     "InvalidDigestError",
     "InvalidPlatformError",
     "InvalidReferenceError",
+    "Job",
     "LayerError",
     "LayerResult",
     "ManifestError",
@@ -56,6 +59,7 @@ __all__ = [
     "NotFoundError",
     "Platform",
     "PlatformError",
+    "PrewarmReport",
     "PullResult",
     "Reference",
     "RegistryError",
@@ -68,8 +72,10 @@ __all__ = [
     "UnavailableError",
     "UsageError",
     "__version__",
+    "prewarm",
     "pull",
     "resolve",
+    "status",
 ]
 
 _ELSEWHERE = {
@@ -79,8 +85,10 @@ _ELSEWHERE = {
     "Event": "stowray.pipeline.progress",
     "PullResult": "stowray.pipeline.result",
     "LayerResult": "stowray.pipeline.result",
+    "Job": "stowray.job",
+    "PrewarmReport": "stowray.pipeline.prewarm_report",
 }
-_API = ("CacheKey", "Image", "SnapshotHandle", "pull", "resolve")
+_API = ("CacheKey", "Image", "SnapshotHandle", "prewarm", "pull", "resolve", "status")
 
 
 def __getattr__(name: str) -> Any:

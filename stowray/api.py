@@ -1,4 +1,4 @@
-"""The Python API: resolve, pull, and a handle on one resolved image.
+"""The Python API: resolve, pull, a handle on one resolved image, and pre-warming a cluster.
 
 Examples::
 
@@ -8,11 +8,14 @@ Examples::
     with stowray.resolve("debian:12") as image:
         print(image.digest, image.cache_key())
         print(image.snapshot().description)
+    with stowray.prewarm(["debian:12"]) as job:
+        print(job.result().exit_code, job.ready_nodes("debian:12"))
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from stowray.pipeline.digest import Digest
@@ -24,11 +27,12 @@ from stowray.pipeline.settings import Settings, load_settings
 from stowray.pipeline.source import Source, parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-    from pathlib import Path
+    from collections.abc import Callable, Mapping, Sequence
 
+    from stowray.job import Job, Run
     from stowray.pipeline import image as images
     from stowray.pipeline.leases import Lease
+    from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.progress import Event
     from stowray.pipeline.resolve import Policy
     from stowray.pipeline.result import PullResult
@@ -217,3 +221,80 @@ def resolve(
         engine.close()
         raise
     return Image(engine, source, image, options, lease)
+
+
+def prewarm(
+    references: str | Sequence[str] = (),
+    *,
+    file: str | Path | None = None,
+    lock: str | Path | None = None,
+    watch: bool = False,
+    store: str | Path | None = None,
+    platforms: Sequence[str] = (),
+    plan: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Job:
+    """Bring images to all nodes of the Ray that this program is in, or can reach; return a handle.
+
+    ``file`` is a plan file, ``references`` are added to its images; ``plan`` has further keys of
+    one, which win over the file's (``{"nodes.labels": {"zone": "a"}, "limits.fan_out": 2}``).
+    ``platforms`` says for which platforms ``references`` are wanted; without it each node gets its
+    own. ``lock`` names a lock file, written and honoured; ``watch`` goes on and warms nodes that
+    join until the job is cancelled. ``settings`` are the command line's options by name
+    (``address``, ``authfile``, ``plain_http``, …).
+
+    Inside a Ray job or task no other Ray is started. Raises UsageError at once for a plan that
+    cannot be carried out; what happens later is told by :meth:`~stowray.job.Job.result`.
+    """
+    from stowray.job import Job
+
+    progress = Progress()
+    run = _prewarm_run(references, file, lock, watch, store, platforms, plan, settings, progress)
+    return Job(run, progress)
+
+
+def status(
+    references: str | Sequence[str] = (),
+    *,
+    file: str | Path | None = None,
+    lock: str | Path | None = None,
+    repair: bool = False,
+    store: str | Path | None = None,
+    platforms: Sequence[str] = (),
+    plan: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> PrewarmReport:
+    """Return what is on each node, checked on disk; ``repair`` brings what is missing.
+
+    The arguments are those of :func:`prewarm`.
+    """
+    progress = Progress()
+    run = _prewarm_run(references, file, lock, False, store, platforms, plan, settings, progress)
+    try:
+        return run.status(repair)
+    finally:
+        run.close()
+        progress.close()
+
+
+def _prewarm_run(
+    references: str | Sequence[str],
+    file: str | Path | None,
+    lock: str | Path | None,
+    watch: bool,
+    store: str | Path | None,
+    platforms: Sequence[str],
+    plan: Mapping[str, Any] | None,
+    settings: dict[str, Any],
+    progress: Progress,
+) -> Run:
+    from stowray.job import make_run
+    from stowray.pipeline.prewarm_plan import load_plan, wishes
+
+    names = [references] if isinstance(references, str) else references
+    path = Path(file) if file is not None else None
+    wanted = load_plan(path, references=wishes(names, platforms), overrides=plan)
+    lock_path = Path(lock) if lock is not None else wanted.lock_path(path)
+    return make_run(
+        wanted, _settings(store, settings), progress=progress, lock=lock_path, watch=watch
+    )

@@ -34,8 +34,7 @@ def attach(progress: Progress, mode: str, stream: TextIO | None = None) -> Calla
     """
     stream = stream or sys.stderr
     if mode == "auto":
-        lively = stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
-        mode = "tty" if lively else "plain"
+        mode = "tty" if lively(stream) else "plain"
     if mode == "json":
         progress.watch(JsonLines(stream))
     elif mode == "plain":
@@ -45,6 +44,11 @@ def attach(progress: Progress, mode: str, stream: TextIO | None = None) -> Calla
         progress.watch(view)
         return view.stop
     return lambda: None
+
+
+def lively(stream: TextIO) -> bool:
+    """Return whether a picture that is drawn anew makes sense on ``stream``."""
+    return stream.isatty() and not os.environ.get("CI") and os.environ.get("TERM") != "dumb"
 
 
 class JsonLines:
