@@ -357,11 +357,11 @@ def _windows_runs(host: str, image: str) -> bool:
 
 
 def _encode(option: str) -> str:
-    """Return a version or feature with the characters of the selector's own syntax escaped."""
+    """Return a version or feature with all that a selector does not take as it is escaped."""
     return "".join(
-        "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
-        if character in "%+()/" or not character.isprintable()
-        else character
+        character
+        if character != "%" and _OPTION.fullmatch(character)
+        else "".join(f"%{byte:02X}" for byte in character.encode("utf-8", "surrogatepass"))
         for character in option
     )
 

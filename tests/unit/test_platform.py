@@ -75,6 +75,13 @@ def test_parse_invalid(text: str) -> None:
     assert set(describe(text)) == {"input", "error"}
 
 
+@pytest.mark.parametrize("version", ["10;x", "1+2", "a b", "é", "%41", "(1)/2"])
+def test_any_version_and_feature_can_be_read_back(version: str) -> None:
+    # An image's config may say anything here, and records keep the text.
+    platform = Platform("linux", "amd64", os_version=version, os_features=(version,))
+    assert Platform.parse(str(platform)) == platform
+
+
 @pytest.mark.parametrize("row", rows("format", "formatted"))
 def test_format(row: dict[str, Any]) -> None:
     assert str(platform_of(row["platform"])) == row["formatted"]
