@@ -72,7 +72,7 @@ class Reference:
         """The name as people write it: ``debian``, ``user/app``, ``host:5000/app``."""
         if self.registry != DEFAULT_REGISTRY:
             return self.name
-        if _split_registry(self.repository)[0] != DEFAULT_REGISTRY:
+        if _split_registry(self.repository) != (DEFAULT_REGISTRY, self.repository):
             # `docker.io/a.b/c`: without the registry its first part would be read as one.
             return self.name
         short = self.repository.removeprefix(OFFICIAL_PREFIX)

@@ -135,6 +135,7 @@ def test_the_official_prefix_stays_where_it_would_be_missed() -> None:
 
 def test_the_familiar_name_never_names_another_registry() -> None:
     assert Reference.parse("docker.io/a.b/c").familiar_name == "docker.io/a.b/c"
+    assert Reference.parse("docker.io/docker.io/ff").familiar_name == "docker.io/docker.io/ff"
 
 
 def test_spellings_of_one_image() -> None:
