@@ -109,8 +109,8 @@ def guide(name: str, options: argparse.Namespace) -> None:
     def once(data: bytes) -> None:
         made = target.mend(data) if target.mend is not None else data
         error = attempt(target, made)
-        if error and error not in known:
-            known.add(error)
+        if error and error.partition(":")[0] not in known:
+            known.add(error.partition(":")[0])
             keep(options.findings, name, made, error)
 
     words = options.corpus / f"{name}.words"

@@ -178,7 +178,7 @@ def platform(data: bytes) -> None:
     assert Platform.parse(str(parsed)).normalized() == parsed.normalized()
     assert parsed.normalized().accepts(parsed.normalized())
     Platform.host("x86_64").rank(parsed)
-    Platform.from_dict(parsed.to_dict())
+    assert Platform.from_dict(parsed.to_dict()) == parsed
 
 
 # -- documents
