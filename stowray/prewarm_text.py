@@ -143,6 +143,7 @@ def summary(report: PrewarmReport) -> list[str]:
             f"{size_text(report.origin_bytes)} from the origin, {size_text(report.peer_bytes)} "
             f"from peers, {count_text(report.manifest_requests, 'manifest request')}"
         )
+    lines += [f"warning: {escape(warning)}" for warning in report.warnings]
     lines += [f"drift: {escape(str(drift))}" for drift in report.drift]
     # A slow source is an observation; one that lied or died is worth a line.
     told = Counter((remark.source, remark.kind) for remark in report.remarks)

@@ -30,7 +30,7 @@ COMMANDS = {
     "key": ("look", "Print the two cache keys of an image."),
     "reference": ("look", "Show how references are understood."),
     "platform": ("look", "Show how platforms are understood."),
-    "plan": ("look", "Show what a pull would do, without doing it."),
+    "plan": ("look", "Show what a pull, or a pre-warm run, would do."),
     "images": ("stock", "List the images in the store."),
     "inspect": ("stock", "Show an image's layers, chain IDs and blob mapping."),
     "rm": ("stock", "Remove references from the store."),
@@ -47,6 +47,9 @@ COMMANDS = {
     "deliver": ("deliver", "Hand an image to containerd, podman, docker or an archive."),
     "bench": ("bench", "Measure pulls, stage by stage; compare registries or records."),
     "trace": ("trace", "Draw a run record as a timeline, for a browser or Perfetto."),
+    "prewarm": ("prewarm", "Bring images to every node of a Ray cluster."),
+    "status": ("prewarm", "Show which node has which images, checked on disk."),
+    "doctor": ("doctor", "Check machine, store, registries and cluster; say what to do."),
     "session": ("session", "Start, stop or show the warm private Ray."),
     "demo": ("demo", "Show the main job with a small image, no registry needed."),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -154,23 +155,41 @@ def _status(answers: list[dict[str, Any]]) -> int:
     return 2 if len(answers) == 1 else 1
 
 
-@command("plan", short_help="Show what a pull would do, without doing it.")
-@click.argument("references", metavar="REF...", nargs=-1, required=True)
+@command("plan", short_help="Show what a pull, or a pre-warm run, would do.")
+@click.argument("references", metavar="REF...", nargs=-1)
+@click.option(
+    "-f",
+    "--file",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="A plan (TOML): what `prewarm -f FILE` would do on the cluster.",
+)
 @click.option("--no-unpack", is_flag=True, help="Plan content only.")
 @_OFFLINE
 @_POLICY
 def plan_command(
     context: Context,
     references: tuple[str, ...],
+    file: Path | None,
     no_unpack: bool,
     offline: bool,
     policy: str | None,
 ) -> int:
     """Print, per image and blob, what is here and what would be fetched and applied.
 
-    Fetches documents only (index, manifest, config), no layer.
+    Fetches documents only (index, manifest, config), no layer. With -f FILE for all nodes: per node
+    and blob have or need, bytes from the origin and from nodes, disk, requests, time.
     """
     from dataclasses import replace
+
+    if file is not None:
+        from stowray.cli.prewarm import plan_file
+
+        if no_unpack or offline or policy:
+            raise click.UsageError("--no-unpack, --offline and --policy do not go with -f FILE")
+        return plan_file(context, file, references)
+    if not references:
+        raise click.UsageError("Missing argument 'REF...' (or -f FILE).")
 
     from stowray.cli.work import Work
     from stowray.pipeline.source import parse_source
