@@ -21,6 +21,7 @@ from stowray.pipeline.serve_errors import later
 if TYPE_CHECKING:
     from collections.abc import Callable
     from concurrent.futures import ThreadPoolExecutor
+    from io import FileIO
 
     from aiohttp import web
 
@@ -107,22 +108,9 @@ class Bodies:
             await self._deliver(request, response, data, part.length)
             return
         await response.prepare(request)
-        loop = asyncio.get_running_loop()
-        position, end = part.start, part.start + part.length
         with open(descriptor, "rb", buffering=0, closefd=False) as file:
-            while position < end:
-                transport = request.transport
-                if transport is None:
-                    raise ConnectionResetError("the client hung up")
-                count = min(_SENDFILE_SIZE, end - position)
-                try:
-                    async with asyncio.timeout(self._limits.stall_seconds):
-                        sent = await loop.sendfile(transport, file, position, count)
-                except TimeoutError:
-                    cut(request)
-                if sent == 0:
-                    cut(request)  # the file was cut short under us: the length was promised
-                position += sent
+            end = part.start + part.length
+            await send_range(request, file, part.start, end, self._limits.stall_seconds)
 
     async def _send_growing(
         self, request: web.BaseRequest, response: web.StreamResponse, blob: Blob, part: Part
@@ -184,6 +172,27 @@ class Bodies:
         self, pool: ThreadPoolExecutor, function: Callable[..., Value], *arguments: Any
     ) -> asyncio.Future[Value]:
         return asyncio.get_running_loop().run_in_executor(pool, function, *arguments)
+
+
+async def send_range(
+    request: web.BaseRequest, file: FileIO, start: int, end: int, stall_seconds: float
+) -> None:
+    """Let the kernel send ``start`` to ``end`` of a file, or cut the connection."""
+    loop = asyncio.get_running_loop()
+    position = start
+    while position < end:
+        transport = request.transport
+        if transport is None:
+            raise ConnectionResetError("the client hung up")
+        count = min(_SENDFILE_SIZE, end - position)
+        try:
+            async with asyncio.timeout(stall_seconds):
+                sent = await loop.sendfile(transport, file, position, count)
+        except TimeoutError:
+            cut(request)
+        if sent == 0:
+            cut(request)  # the file was cut short under us: the length was promised
+        position += sent
 
 
 def cut(request: web.BaseRequest) -> NoReturn:

@@ -19,6 +19,7 @@ from stowray.pipeline.errors import (
     NotFoundError,
     StowrayError,
 )
+from stowray.pipeline.peer_paths import PREFIX
 from stowray.pipeline.serve_body import Blob, Bodies
 from stowray.pipeline.serve_catalogue import Catalogue, Document, Repository
 from stowray.pipeline.serve_errors import (
@@ -31,6 +32,7 @@ from stowray.pipeline.serve_errors import (
 )
 from stowray.pipeline.serve_limits import Served
 from stowray.pipeline.serve_range import Part, UnsatisfiableRangeError, requested_part
+from stowray.pipeline.serve_stripes import StripeAnswers
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -77,6 +79,9 @@ class Answers:
         self._lookups = lookups
         self._bodies = Bodies(store, limits, lookups, followers)
         self._held = 0
+        self._peers: StripeAnswers | None = None
+        if allowed is not None:
+            self._peers = StripeAnswers(store, allowed, clock=clock, limits=limits, lookups=lookups)
 
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; what is asked wrongly or is not here is an error document."""
@@ -114,6 +119,8 @@ class Answers:
             raise RefusalError(405, "UNSUPPORTED", "this registry is read-only", allow)
         if request.path in ("/v2", "/v2/"):
             return json_answer({}, {})
+        if self._peers is not None and request.path.startswith(PREFIX):
+            return await self._peers.answer(request)
         match = _PATH.fullmatch(request.path)
         if match is None:
             raise RefusalError(404, "NOT_FOUND", "no such endpoint")

@@ -26,6 +26,10 @@ class ServeLimits:
     headers: int = 64
 
 
+# In a run each stripe of each blob is a request, most of which wait: they cost little.
+RUN_LIMITS = ServeLimits(connections=4096, held=4096)
+
+
 @dataclass(frozen=True, slots=True)
 class Served:
     """One answered request: ``length`` is of the body, ``complete`` says whether all of it went.

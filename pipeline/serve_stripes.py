@@ -1,0 +1,364 @@
+"""What peers of one run ask each other for: stripes, how far they are, and what was hashed.
+
+    GET /stowray/v1/stripes/DIGEST/INDEX/COUNT/UNIT?from=POSITION   bytes, as they come
+    GET /stowray/v1/have/DIGEST/INDEX/COUNT/UNIT                    {have, upstream, generation, …}
+    GET /stowray/v1/checkpoints/DIGEST                              what ``find_liar`` compares
+
+Invariant: only digests of the run are spoken of. A request for a blob that has not begun is held,
+and one for bytes that are still to come holds neither a thread nor a place of anybody. When the
+bytes turn out to be void the connection is cut, which no client takes for the end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from aiohttp import web
+
+from stowray.pipeline.arriving import Arriving
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import NotFoundError, StowrayError
+from stowray.pipeline.peer_paths import CHECKPOINTS_PATH, STRIPE_PATH
+from stowray.pipeline.serve_body import cut, send_range
+from stowray.pipeline.serve_errors import COMMON_HEADERS, RefusalError, json_answer, later
+from stowray.pipeline.stripe_state import STRIPE_LIMIT
+from stowray.pipeline.stripes import Stripe
+from stowray.pipeline.witness import read_witness
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from concurrent.futures import ThreadPoolExecutor
+    from io import FileIO
+
+    from stowray.pipeline.clock import Clock
+    from stowray.pipeline.serve_limits import ServeLimits
+    from stowray.pipeline.store import Store
+
+Value = TypeVar("Value")
+
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
+_FIRST_LOOK, _LONGEST_LOOK = 0.005, 0.1
+_LIFE_SECONDS = 0.25
+
+
+@dataclass(slots=True)
+class _Waiting:
+    """A stream that has sent all that was there."""
+
+    stripe: Stripe
+    position: int
+    woken: asyncio.Future[None]
+
+
+@dataclass(slots=True)
+class _Blob:
+    """One blob that streams are sent of: what is open of it now, and who waits."""
+
+    digest: Digest
+    users: int = 0
+    descriptor: int = -1  # of the committed blob
+    arriving: Arriving | None = None
+    waiting: list[_Waiting] = field(default_factory=list)
+    beginning: list[asyncio.Future[None]] = field(default_factory=list)
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def has_begun(self) -> bool:
+        return self.descriptor >= 0 or self.arriving is not None
+
+    def wake(self) -> None:
+        """Wake all: what they knew has changed."""
+        for waiting in self.waiting:
+            _wake(waiting.woken)
+        for begun in self.beginning:
+            _wake(begun)
+
+    def let_go(self) -> None:
+        if self.arriving is not None:
+            self.arriving.close()
+            self.arriving = None
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+
+class StripeAnswers:
+    """Answers the requests of peers from one store; lives in one event loop."""
+
+    def __init__(
+        self,
+        store: Store,
+        allowed: Callable[[Digest], bool],
+        *,
+        clock: Clock,
+        limits: ServeLimits,
+        lookups: ThreadPoolExecutor,
+    ) -> None:
+        """Answer for the digests that ``allowed`` approves; ``lookups`` waits for the disk."""
+        self._store = store
+        self._allowed = allowed
+        self._clock = clock
+        self._limits = limits
+        self._lookups = lookups
+        self._blobs: dict[Digest, _Blob] = {}
+        self._held = 0
+
+    async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        """Answer one request, or raise RefusalError."""
+        if request.method != "GET":
+            raise RefusalError(405, "UNSUPPORTED", "only GET is known here", {"Allow": "GET"})
+        match = CHECKPOINTS_PATH.fullmatch(request.path)
+        if match is not None:
+            digest = self._digest(match["digest"])
+            witness = await self._in_pool(read_witness, self._store, digest)
+            return json_answer(witness.to_dict(), {})
+        match = STRIPE_PATH.fullmatch(request.path)
+        if match is None:
+            raise RefusalError(404, "NOT_FOUND", "no such endpoint")
+        digest = self._digest(match["digest"])
+        index, count, unit = (int(match[name]) for name in ("index", "count", "unit"))
+        if not (index < count <= STRIPE_LIMIT and unit > 0):
+            raise RefusalError(400, "RANGE_INVALID", "no such stripe")
+        if match["kind"] == "have":
+            return json_answer(await self._have(digest, index, count, unit), {})
+        text = request.query.get("from", "0")
+        if not (text.isascii() and text.isdecimal() and len(text) < 20):
+            raise RefusalError(400, "RANGE_INVALID", "no such position")
+        blob = self._blobs.setdefault(digest, _Blob(digest))
+        blob.users += 1
+        try:
+            await self._begin(blob)
+            return await self._send(request, blob, (index, count, unit), int(text))
+        finally:
+            blob.users -= 1
+            if blob.users == 0:
+                self._blobs.pop(digest, None)
+                if blob.watch is not None:
+                    blob.watch.cancel()
+                blob.let_go()
+
+    def _digest(self, text: str) -> Digest:
+        digest = Digest(text)
+        if not self._allowed(digest):
+            raise RefusalError(404, "BLOB_UNKNOWN", "not a blob of this run")
+        return digest
+
+    # -- stripes ----------------------------------------------------------------------------------
+
+    async def _begin(self, blob: _Blob) -> None:
+        """Return when there is something to be sent of; 503 when that takes too long."""
+        if blob.watch is None:
+            blob.watch = asyncio.ensure_future(self._watch(blob))
+            await asyncio.sleep(0)
+        if blob.has_begun:
+            return
+        if self._held >= self._limits.held:
+            raise later("too many requests wait for blobs that have not begun")
+        self._held += 1
+        try:
+            async with asyncio.timeout(self._limits.hold_seconds):
+                while not blob.has_begun:
+                    begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+                    blob.beginning.append(begun)
+                    try:
+                        await begun
+                    finally:
+                        blob.beginning.remove(begun)
+        except TimeoutError:
+            raise later("the blob has not begun yet") from None
+        finally:
+            self._held -= 1
+
+    async def _send(
+        self, request: web.BaseRequest, blob: _Blob, division: tuple[int, int, int], position: int
+    ) -> web.StreamResponse:
+        arriving = blob.arriving
+        source = blob.descriptor if arriving is None else arriving.data
+        # Its own, so that another generation can begin while this one is still being sent.
+        with open(os.dup(source), "rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size if arriving is None else arriving.size
+            stripe = Stripe(size, *division)
+            if position > stripe.length:
+                raise RefusalError(416, "RANGE_INVALID", "the stripe is shorter")
+            have = stripe.length if arriving is None else arriving.position(stripe)
+            headers = {
+                **COMMON_HEADERS,
+                "Content-Type": "application/octet-stream",
+                "Stowray-Have": str(have),
+                "Stowray-Generation": str(0 if arriving is None else arriving.generation),
+                "Stowray-Complete": str(int(arriving is None or arriving.is_committed)),
+            }
+            response = web.StreamResponse(status=200, headers=headers)
+            response.content_length = stripe.length - position
+            await response.prepare(request)
+            if arriving is None:
+                await self._send_positions(request, file, stripe, position, stripe.length)
+            else:
+                await self._send_arriving(request, file, blob, arriving, stripe, position)
+        await response.write_eof()
+        return response
+
+    async def _send_arriving(
+        self,
+        request: web.BaseRequest,
+        file: FileIO,
+        blob: _Blob,
+        arriving: Arriving,
+        stripe: Stripe,
+        position: int,
+    ) -> None:
+        while position < stripe.length:
+            if blob.arriving is not arriving or arriving.is_void:
+                cut(request)
+            if blob.watch is None or (blob.watch.done() and not arriving.is_committed):
+                cut(request)  # nobody looks any more
+            have = arriving.position(stripe)
+            if have > position:
+                await self._send_positions(request, file, stripe, position, have)
+                position = have
+                continue
+            woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting = _Waiting(stripe, position, woken)
+            blob.waiting.append(waiting)
+            try:
+                await woken
+            finally:
+                blob.waiting.remove(waiting)
+
+    async def _send_positions(
+        self, request: web.BaseRequest, file: FileIO, stripe: Stripe, start: int, end: int
+    ) -> None:
+        for first, last in stripe.ranges(start, end):
+            await send_range(request, file, first, last, self._limits.stall_seconds)
+
+    # -- what is here, and what is on its way -----------------------------------------------------
+
+    async def _watch(self, blob: _Blob) -> None:
+        """Follow one blob for all its streams until it is committed or nobody is left."""
+        try:
+            await self._follow(blob)
+        finally:
+            blob.wake()
+
+    async def _follow(self, blob: _Blob) -> None:
+        pause, look = _FIRST_PAUSE, _FIRST_LOOK
+        alive_at = look_at = self._clock.monotonic()
+        while blob.descriptor < 0:
+            if blob.arriving is None:
+                try:
+                    await self._open(blob)
+                except StowrayError:
+                    # The disk has no answer now; those who wait are told so in time.
+                    await asyncio.sleep(_LONGEST_LOOK)
+                    continue
+                if blob.has_begun:
+                    alive_at = self._clock.monotonic()
+                    pause, look = _FIRST_PAUSE, _FIRST_LOOK
+                    blob.wake()
+                else:
+                    await asyncio.sleep(look)
+                    look = min(look * 1.5, _LONGEST_LOOK)
+                continue
+            arriving = blob.arriving
+            await asyncio.sleep(pause)
+            if arriving.is_committed:
+                return
+            now = self._clock.monotonic()
+            if now >= look_at:
+                look_at = now + _LIFE_SECONDS
+                if arriving.writer_lives():
+                    alive_at = now
+            if arriving.is_void or now - alive_at > self._limits.grace_seconds:
+                blob.arriving = None
+                blob.wake()
+                arriving.close()
+                continue
+            pause = min(pause * 1.3, _LONGEST_PAUSE)
+            for waiting in blob.waiting:
+                if arriving.position(waiting.stripe) > waiting.position:
+                    _wake(waiting.woken)
+                    pause = _FIRST_PAUSE
+
+    async def _open(self, blob: _Blob) -> None:
+        opening = asyncio.get_running_loop().run_in_executor(
+            self._lookups, _open_begun, self._store, blob.digest
+        )
+        try:
+            found = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(_close_unclaimed)
+            raise
+        if isinstance(found, Arriving):
+            blob.arriving = found
+        elif found is not None:
+            blob.descriptor = found
+
+    async def _have(self, digest: Digest, index: int, count: int, unit: int) -> dict[str, object]:
+        blob = self._blobs.get(digest)
+        if blob is not None and blob.arriving is not None:
+            return _told(blob.arriving, index, count, unit)
+        return await self._in_pool(_have, self._store, digest, index, count, unit)
+
+    async def _in_pool(self, function: Callable[..., Value], *arguments: Any) -> Value:
+        return await asyncio.get_running_loop().run_in_executor(self._lookups, function, *arguments)
+
+
+def _wake(future: asyncio.Future[None]) -> None:
+    if not future.done():
+        future.set_result(None)
+
+
+def _open_begun(store: Store, digest: Digest) -> Arriving | int | None:
+    """Open the committed blob, else what a live writer is writing."""
+    for _ in range(2):
+        try:
+            return store.open_blob(digest)
+        except NotFoundError:
+            arriving = Arriving.open(store, digest)
+        if arriving is not None:
+            if arriving.writer_lives() and not arriving.is_committed:
+                return arriving
+            arriving.close()
+        # Between the two questions it may have been committed: ask once more.
+    return None
+
+
+def _close_unclaimed(future: asyncio.Future[Arriving | int | None]) -> None:
+    """Close what was opened for clients who have left meanwhile."""
+    if future.cancelled() or future.exception() is not None:
+        return
+    found = future.result()
+    if isinstance(found, Arriving):
+        found.close()
+    elif found is not None:
+        os.close(found)
+
+
+def _have(store: Store, digest: Digest, index: int, count: int, unit: int) -> dict[str, object]:
+    """Return how far a stripe is on this node, and whom it is read from."""
+    found = _open_begun(store, digest)
+    if found is None:
+        return {"have": 0, "upstream": None, "generation": 0, "complete": False}
+    if isinstance(found, Arriving):
+        try:
+            return _told(found, index, count, unit)
+        finally:
+            found.close()
+    try:
+        stripe = Stripe(os.fstat(found).st_size, index, count, unit)
+    finally:
+        os.close(found)
+    return {"have": stripe.length, "upstream": None, "generation": 0, "complete": True}
+
+
+def _told(arriving: Arriving, index: int, count: int, unit: int) -> dict[str, object]:
+    stripe = Stripe(arriving.size, index, count, unit)
+    return {
+        "have": arriving.position(stripe),
+        "upstream": arriving.upstream(stripe),
+        "generation": arriving.generation,
+        "complete": arriving.is_committed,
+    }
