@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.credential import Credential
     from stowray.pipeline.credentials import Credentials
     from stowray.pipeline.known_secrets import KnownSecrets
+    from stowray.pipeline.notices import Notices
     from stowray.pipeline.response import Headers, Response
 
     Send = Callable[[str, str, Headers, bytes | None, "Resource"], Response]
@@ -90,6 +91,7 @@ class Authenticator:
         send: Send,
         credentials: Credentials,
         secrets: KnownSecrets,
+        notices: Notices,
         *,
         trusted: Collection[str] = (),
         clock: Clock = SYSTEM_CLOCK,
@@ -97,6 +99,7 @@ class Authenticator:
         self._send = send
         self._credentials = credentials
         self._secrets = secrets
+        self._notices = notices
         self._trusted = trusted
         self._clock = clock
         self._lock = threading.Lock()
@@ -234,23 +237,24 @@ class Authenticator:
         def fly(abandoned: Callable[[], bool]) -> Token:
             # Between the look into the cache and this flight another one may have landed.
             token = kept()
-            if token is None:
-                begun = self._clock.monotonic()
+            if token is not None:
+                return token
+            begun = self._clock.monotonic()
+
+            def send(method: str, url: str, headers: Headers, body: bytes | None) -> Response:
+                return self._send(method, url, headers, body, resource)
+
+            # What a realm warns of is shown when it is known which token it gave out.
+            with self._notices.held():
                 try:
-                    token = ask(
-                        lambda method, url, headers, body: self._send(
-                            method, url, headers, body, resource
-                        ),
-                        request,
-                        credential,
-                    )
+                    token = ask(send, request, credential)
                 except UnauthorizedError:
                     # A helper may have a better one the next time; a session lives for long.
                     self._credentials.forget(resource.registry)
                     raise
                 self._secrets.learn(token.value)
-                with self._lock:
-                    self._tokens[key] = _Kept(token, begun + RENEW_AT * token.seconds)
+            with self._lock:
+                self._tokens[key] = _Kept(token, begun + RENEW_AT * token.seconds)
             return token
 
         try:

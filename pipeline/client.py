@@ -89,7 +89,12 @@ class Client:
         self._lock = threading.Lock()
         self._schemes: dict[tuple[str, bool], str] = {}
         self._auth = Authenticator(
-            self._ask_realm, credentials, self._secrets, trusted=plain_http, clock=clock
+            self._ask_realm,
+            credentials,
+            self._secrets,
+            self._notices,
+            trusted=plain_http,
+            clock=clock,
         )
 
     def request(

@@ -63,7 +63,6 @@ class Notices:
             if text and held is not None:
                 held.append((host, text))
             elif text:
-                # Of a realm: the login that a token was asked with is known.
                 self._show(host, text)
 
     def _heed(self, quota: Quota, host: str) -> None:

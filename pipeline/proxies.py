@@ -7,7 +7,7 @@ are never part of a request to an origin.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.addresses import (
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 class Proxies:
     """Proxy URLs by scheme (``""`` for none) and the hosts that are reached without one."""
 
-    http: str = ""
-    https: str = ""
+    http: str = field(default="", repr=False)
+    https: str = field(default="", repr=False)
     bypass: tuple[str, ...] = ()
 
     @classmethod

@@ -38,17 +38,18 @@ LIBRARY_LOGGER = "urllib3.connectionpool"
 
 
 class _QuietQueries(logging.Filter):
-    """Takes the queries out of what the library logs of our exchanges: they may be signed."""
+    """Takes queries, which may be signed, and logins out of what the library logs of us."""
 
-    def __init__(self, current: threading.local) -> None:
+    def __init__(self, current: threading.local, secrets: KnownSecrets) -> None:
         super().__init__()
         self._current = current
+        self._secrets = secrets
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Change the record's arguments; nothing of other users of the library is touched."""
         if getattr(self._current, "watch", None) is not None and isinstance(record.args, tuple):
             record.args = tuple(
-                argument.partition("?")[0] if isinstance(argument, str) else argument
+                self._secrets.url(argument) if isinstance(argument, str) else argument
                 for argument in record.args
             )
         return True
@@ -79,7 +80,7 @@ class Transport:
         self._contexts: dict[Connection, ssl.SSLContext] = {}
         self._current = threading.local()
         self._peers: dict[str, str] = {}  # at which address a registry was reached
-        self._quiet = _QuietQueries(self._current)
+        self._quiet = _QuietQueries(self._current, self.secrets)
 
     def exchange(
         self,

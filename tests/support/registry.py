@@ -626,6 +626,12 @@ class FakeRegistry:
         with self._lock:
             self.signatures.clear()
 
+    def grant(self, token: str, scopes: Sequence[str], user: str | None = None) -> None:
+        """Take ``token`` for one that was given out."""
+        with self._lock:
+            expires = time.monotonic() + self.token_lifetime
+            self.tokens[token] = _Token(frozenset(scopes), expires, user)
+
     def revoke_tokens(self) -> None:
         with self._lock:
             self.tokens.clear()

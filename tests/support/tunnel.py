@@ -20,8 +20,10 @@ if TYPE_CHECKING:
 class Tunnel:
     """Answers ``CONNECT`` and passes bytes on to the registry; ``requests`` is what was asked."""
 
-    def __init__(self, registry: FakeRegistry) -> None:
+    def __init__(self, registry: FakeRegistry, password: str = "proxysecret") -> None:
         self.requests: list[str] = []
+        self.answer = b""  # instead of a tunnel
+        self._password = password
         self._target = registry
         self._listener = socket.create_server(("127.0.0.1", 0))
         self._closing = threading.Event()
@@ -34,7 +36,7 @@ class Tunnel:
 
     @property
     def url(self) -> str:
-        return f"http://user:proxysecret@{self.host}"
+        return f"http://user:{self._password}@{self.host}"
 
     def __enter__(self) -> Self:
         self._start(self._accept)
@@ -69,6 +71,9 @@ class Tunnel:
                     return
                 asked += piece
             self.requests.append(asked.decode("latin-1"))
+            if self.answer:
+                near.sendall(self.answer)
+                return
             host, _, port = self._target.host.rpartition(":")
             with socket.create_connection((host.strip("[]"), int(port))) as far:
                 near.sendall(b"HTTP/1.1 200 Connection established\r\n\r\n")
