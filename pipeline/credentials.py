@@ -38,6 +38,15 @@ class _File:
     explicit: bool
 
 
+@dataclass(frozen=True, slots=True)
+class LoginFile:
+    """A file of logins without what is secret in it; ``helpers`` are names of programs."""
+
+    path: Path
+    registries: tuple[str, ...]
+    helpers: tuple[str, ...]
+
+
 def never() -> bool:
     """Return False: nobody cancels."""
     return False
@@ -82,6 +91,27 @@ class Credentials:
                 if credential is not None:
                     found.append(credential)
         return tuple(secret for credential in found for secret in credential.secrets)
+
+    def overview(self) -> list[LoginFile]:
+        """Return which files there are and whom they are for; no helper is asked."""
+        found = []
+        for file in self._files:
+            with self._lock:
+                document = self._read(file)
+            if not document:
+                continue
+            by_host = _table(document, "credHelpers", file.path)
+            store = document.get("credsStore")
+            names = [*_table(document, "auths", file.path), *by_host]
+            helpers = [store, *by_host.values()]
+            found.append(
+                LoginFile(
+                    file.path,
+                    tuple(dict.fromkeys(_normalized(name) for name in names)),
+                    tuple(dict.fromkeys(h for h in helpers if isinstance(h, str) and h)),
+                )
+            )
+        return found
 
     def forget(self, registry: str) -> None:
         """Ask helpers for ``registry`` anew: what they said has expired."""

@@ -50,6 +50,7 @@ COMMANDS = {
     "prewarm": ("prewarm", "Bring images to every node of a Ray cluster."),
     "status": ("prewarm", "Show which node has which images, checked on disk."),
     "doctor": ("doctor", "Check machine, store, registries and cluster; say what to do."),
+    "doctor": ("doctor", "Check machine, store, registries and cluster; say what to do."),
     "session": ("session", "Start, stop or show the warm private Ray."),
     "demo": ("demo", "Show the main job with a small image, no registry needed."),
 }
