@@ -8,6 +8,7 @@ program ever talks to an actor of another make. Ray's exceptions go no further t
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import sys
 import threading
@@ -42,6 +43,7 @@ Value = TypeVar("Value")
 
 NODES_SECONDS = 10.0
 WAIT_SECONDS = 0.2
+LOST = "the process ended in mid-work"
 _LOSSES = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -82,7 +84,7 @@ def start_resolver(placement: Placement) -> ActorProxy[ResolverActor]:
     """Start the resolver of a run or session."""
     from stowray.actors.resolver import ResolverActor
 
-    remote = _remote(ResolverActor, work=32, control=2)
+    remote = _remote(ResolverActor, work=32, control=2, leases=1)
     return remote.options(**placement.options()).remote()
 
 
@@ -95,13 +97,16 @@ def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
 
 
 def start_node(
-    placement: Placement, node: str, unpackers: int, *, stays: bool
+    placement: Placement, node: str, unpackers: int, *, stays: bool, lazy: bool = False
 ) -> ActorProxy[NodeActor]:
-    """Start the actor that owns the stores of one node; ``stays``: beyond the run, in a session."""
+    """Start the actor that owns the stores of one node; ``stays``: beyond the run, in a session.
+
+    A ``lazy`` one starts the members of its pools when there is something for them to do.
+    """
     from stowray.actors.node import NodeActor
 
     remote = _remote(NodeActor, pulls=64, notes=2, control=4)
-    return remote.options(**placement.options()).remote(node, unpackers, stays)
+    return remote.options(**placement.options()).remote(node, unpackers, stays, lazy)
 
 
 def start_fetcher(node_id: str) -> ActorProxy[FetchActor]:
@@ -195,6 +200,33 @@ def wait(
         raise translate(error, where) from None
 
 
+async def ask(reference: ray.ObjectRef[Value], where: str, seconds: float | None = None) -> Value:
+    """Return the result of a call from within an event loop; raises our errors only.
+
+    A call that takes longer than ``seconds``, or whose asker is cancelled, runs on unheard.
+    """
+    future = asyncio.wrap_future(reference.future())
+    # Ray sets the result also when nobody wants it any more.
+    future.add_done_callback(lambda done: done.cancelled() or done.exception())
+    try:
+        async with asyncio.timeout(seconds):
+            return await asyncio.shield(future)
+    except (ray.exceptions.RayError, StowrayError) as error:
+        raise translate(error, where) from None
+    except TimeoutError:
+        raise DeadlineError(where, seconds or 0.0) from None
+
+
+def is_lost(error: BaseException) -> bool:
+    """Return whether ``error``, translated, says that the process is gone or out of reach."""
+    return isinstance(error, NodeError) and error.reason == LOST
+
+
+def was_restarted() -> bool:
+    """Return whether Ray has started the actor that asks once before."""
+    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+
+
 def settle(reference: ray.ObjectRef[Any], seconds: float) -> None:
     """Wait until a call that nobody wants the result of has ended, at most ``seconds``."""
     with contextlib.suppress(ray.exceptions.RayError):
@@ -230,7 +262,7 @@ def translate(error: BaseException, where: str) -> StowrayError:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return NodeError(where, "ended by Ray's memory monitor: the node is short of memory")
     if isinstance(error, _LOSSES):
-        return NodeError(where, "the process ended in mid-work")
+        return NodeError(where, LOST)
     return NodeError(where, f"{type(error).__name__}: {_one_line(error)}")
 
 

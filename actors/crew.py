@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 CANCEL_POLL_SECONDS = 0.05
 # A member that was told to stop and has not after this long is ended: Ctrl-C has five seconds.
 CANCEL_GRACE_SECONDS = 3.0
+# A fetching actor has 64 threads.
+SPREAD_SHARE = 60
 
 
 @dataclass(slots=True, eq=False)
@@ -70,7 +72,9 @@ class Pools:
 class ActorCrew:
     """Hands the steps of one pull to pool members; close it when the pull has ended.
 
-    ``origin`` is what a fetcher needs to know of the driver: settings and environment.
+    ``origin`` is what a fetcher needs to know of the driver: settings and environment. In a
+    pre-warm run ``spread`` is what it needs to know of the run, and ``ways`` gets an entry for each
+    blob that was fetched, with all that gave bytes of it.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class ActorCrew:
         origin: dict[str, Any],
         store: Store,
         progress: Progress,
+        spread: dict[str, Any] | None = None,
+        ways: list[dict[str, Any]] | None = None,
     ) -> None:
         self._pools = pools
         self._run = run
@@ -91,10 +97,16 @@ class ActorCrew:
         self._origin = origin
         self._store = store
         self._progress = progress
+        self._spread = spread
+        self._ways = ways if ways is not None else []
         self._shares = {
             pools.fetchers: max(settings.registry.connections, pools.unpackers.size),
             pools.unpackers: pools.unpackers.size,
         }
+        if spread is not None:
+            # Most of them wait for a peer to have a first byte, which must keep nobody from
+            # fetching what other peers wait for: the fetcher bounds its connections itself.
+            self._shares[pools.fetchers] = SPREAD_SHARE * pools.fetchers.size
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._queues: dict[Pool[Any], deque[_Call]] = {pool: deque() for pool in self._shares}
@@ -134,6 +146,7 @@ class ActorCrew:
                 "store": str(self._store.path),
                 "source": source.to_dict(),
                 "descriptor": step.descriptor.to_dict(),
+                "spread": self._spread,
                 **self._origin,
             }
         else:
@@ -194,12 +207,24 @@ class ActorCrew:
             for event in reply["events"]:
                 self._progress.merge(Event.from_dict(event))
             self._report_end(call)
+            self._note_way(call.step, reply)
             call.future.set_result(Outcome(**reply["outcome"]))
         elif call.told_at and cluster.is_loss(error):
             call.future.set_exception(CancelledError(call.step.id))
         else:
             call.future.set_exception(cluster.translate(error, member.name))
         self._hand_out()
+
+    def _note_way(self, step: Step, reply: dict[str, Any]) -> None:
+        if step.kind == "commit":
+            return
+        way: dict[str, Any] = {
+            "kind": step.kind,
+            "digest": str(step.descriptor.digest),
+            "size": step.descriptor.size,
+            "seconds": reply["outcome"]["seconds"],
+        }
+        self._ways.append(way | reply.get("way", {}))
 
     def _report_end(self, call: _Call) -> None:
         step = call.step

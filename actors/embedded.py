@@ -198,7 +198,8 @@ class _Keeper:
             dashboard_agent_listen_port=0,
             min_worker_port=0,
             max_worker_port=0,
-            include_log_monitor=False,
+            # Ray's own annotation says text; it is used as a truth value.
+            include_log_monitor=False,  # type: ignore[arg-type]
             temp_dir=str(self._directory),
             env_vars={NODE_VARIABLE: name},
         )

@@ -188,6 +188,7 @@ class RayEngine(LocalEngine):
             "nodes": 1,
             # Only a session's actors outlive a driver, and they live on the driver's host.
             "driver": Process.own().to_dict() if link.is_session else None,
+            "spread": None,
         }
         follower = _Follower(link.progress, run, self.progress)
         try:

@@ -63,6 +63,10 @@ class MemberEngine(LocalEngine):
                 side = self._sides[""] = (registry, fetcher)
             return side
 
+    def side(self, source: Source) -> tuple[Origin, Fetcher]:
+        """Return the origin that ``source`` comes from and a fetcher that uses it alone."""
+        return self._side(source)
+
     def image_for(
         self,
         source: Source,

@@ -8,16 +8,22 @@ from __future__ import annotations
 
 import os
 import threading
-from typing import Any
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
 
 import ray
 
 from stowray.actors.engines import Engines
 from stowray.actors.reporting import task_report
+from stowray.actors.spread_fetchers import SpreadFetchers
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.source import source_from_dict
+
+if TYPE_CHECKING:
+    from stowray.pipeline.fetch import Fetcher
+    from stowray.pipeline.spread_fetch import SpreadFetcher
 
 
 class FetchActor:
@@ -26,6 +32,7 @@ class FetchActor:
     def __init__(self) -> None:
         self._tasks = Tasks()
         self._engines = Engines()
+        self._spreads = SpreadFetchers()
         raise_descriptor_limit()
 
     @ray.method(concurrency_group="work")
@@ -36,21 +43,25 @@ class FetchActor:
             self._tasks.running(task["key"]) as cancelled,
             task_report(task["owner"], task["run"], task["node"], task["reference"]) as told,
         ):
-            fetched = (
-                self._engines.get(task)
-                .fetcher(source)
-                .fetch(
-                    source,
-                    Descriptor.from_dict(task["descriptor"]),
-                    report=told.report,
-                    cancelled=cancelled,
-                )
+            engine = self._engines.get(task)
+            fetcher: Fetcher | SpreadFetcher = engine.fetcher(source)
+            if task["spread"] is not None:
+                fetcher = self._spreads.get(task, engine, source)
+            fetched = fetcher.fetch(
+                source,
+                Descriptor.from_dict(task["descriptor"]),
+                report=told.report,
+                cancelled=cancelled,
             )
         return {
             "outcome": {
                 "source": fetched.source,
                 "fetched_bytes": fetched.fetched_bytes,
                 "seconds": fetched.seconds,
+            },
+            "way": {
+                "by_source": dict(fetched.by_source),
+                "remarks": [asdict(remark) for remark in fetched.remarks],
             },
             "events": told.final_events(),
         }

@@ -2,7 +2,8 @@
 
 Invariant: pulls run side by side, each on its own thread and with its own share of the pools, and
 share every blob and layer through the store's locks; the same walk as in-process, so the same
-results; when a pull has ended, nothing of it works on.
+results; when a pull has ended, nothing of it works on. In a pre-warm run the actor also serves its
+store to the run's other nodes (``node_run``).
 """
 
 from __future__ import annotations
@@ -19,13 +20,14 @@ import stowray
 from stowray.actors import cluster, frames
 from stowray.actors.crew import ActorCrew, Pools
 from stowray.actors.engines import NodeEngine, Stores
+from stowray.actors.node_run import NodeRun
 from stowray.actors.pool import Pool
 from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL
 from stowray.actors.tasks import Tasks
 from stowray.actors.wire import options_from_dict, settings_from_dict
 from stowray.pipeline.digest import Digest
-from stowray.pipeline.errors import StowrayError, to_wire
+from stowray.pipeline.errors import NodeError, StowrayError, to_wire
 from stowray.pipeline.files import raise_descriptor_limit
 from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Progress
@@ -46,13 +48,14 @@ IDLE_SYNC_SECONDS = 2.0
 class NodeActor:
     """The shell round :class:`NodeEngine`, one per pull, over two pools."""
 
-    def __init__(self, node: str, unpackers: int, stays: bool) -> None:
+    def __init__(self, node: str, unpackers: int, stays: bool, lazy: bool) -> None:
         self._stores = Stores()
         raise_descriptor_limit()
         self._node = node
         self._tasks = Tasks()
         self._used = time.monotonic()
         self._runs: dict[str, Progress] = {}
+        self._prewarm: NodeRun | None = None
         node_id = cluster.own_node_id()
         self._pools = Pools(
             fetchers=Pool(
@@ -61,6 +64,7 @@ class NodeActor:
                 start=lambda _name: cluster.start_fetcher(node_id),
                 end=cluster.end,
                 watch=cluster.when_ended,
+                lazy=lazy,
             ),
             unpackers=Pool(
                 f"unpack/{node}",
@@ -68,6 +72,7 @@ class NodeActor:
                 start=lambda _name: cluster.start_unpacker(node_id),
                 end=cluster.end,
                 watch=cluster.when_ended,
+                lazy=lazy,
             ),
         )
         self._syncer = _Syncer(self._tasks) if stays else None
@@ -95,7 +100,11 @@ class NodeActor:
 
     @ray.method(concurrency_group="pulls")
     def pull(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Bring one resolved image into the store; ``{result, events}`` or ``{error, events}``."""
+        """Bring one resolved image into the store; ``{result, events}`` or ``{error, events}``.
+
+        With ``spread``, as a part of the pre-warm run that was begun, also what each blob's way
+        was, and whether all of it is on disk now.
+        """
         progress = Progress(node=self._node)
         run = request["run"]
         self._runs[run] = progress
@@ -103,9 +112,13 @@ class NodeActor:
         if forwarder is not None:
             progress.watch(forwarder)
         reply: dict[str, Any]
+        ways: list[dict[str, Any]] = []
         try:
             with self._tasks.running(run) as cancelled:
-                reply = {"result": self._pull(request, progress, _or_orphaned(request, cancelled))}
+                result = self._pull(request, progress, ways, _or_orphaned(request, cancelled))
+                reply = {"result": result}
+                if request["spread"] is not None:
+                    reply["presence"] = self._begun().presence(request["spread"]["image"])
         except StowrayError as error:
             reply = {"error": to_wire(error)}
         finally:
@@ -114,8 +127,46 @@ class NodeActor:
             progress.close()
             if forwarder is not None:
                 forwarder.close()
-        reply["events"] = [event.to_dict() for event in progress.events()]
-        return reply
+        events = [event.to_dict() for event in progress.events()]
+        return {**reply, "events": events, "ways": ways}
+
+    @ray.method(concurrency_group="control")
+    def begin_run(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Open the store for a pre-warm run and serve it to the run; see :class:`NodeRun`."""
+        self._end_run()
+        self._prewarm = NodeRun(request, self._stores)
+        return self._prewarm.describe()
+
+    @ray.method(concurrency_group="pulls")
+    def survey(self, images: list[dict[str, Any]]) -> dict[str, Any]:
+        """Say what of the images is here; see :meth:`NodeRun.survey`."""
+        return self._begun().survey(images)
+
+    @ray.method(concurrency_group="control")
+    def accept(self, part: dict[str, Any], digests: list[str], works: bool) -> None:
+        """Take this node's part of the spread; with ``works`` there is something to do."""
+        self._begun().accept(part, digests)
+        if works:
+            self._pools.fetchers.members()
+            self._pools.unpackers.members()
+
+    @ray.method(concurrency_group="pulls")
+    def presence(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """Look on disk for each of the images; see :meth:`NodeRun.presence`."""
+        return [self._begun().presence(image) for image in images]
+
+    @ray.method(concurrency_group="pulls")
+    def deliver(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Hand an image that is here to runtimes; see :meth:`NodeRun.deliver`."""
+        image = Image.from_dict(request["image"])
+        with self._tasks.running(request["run"]) as cancelled:
+            return self._begun().deliver(image, request["runtimes"], cancelled)
+
+    @ray.method(concurrency_group="control")
+    def end_run(self) -> None:
+        """End the serving and the pools, at the end of a pre-warm run."""
+        self._end_run()
+        self._pools.close()
 
     @ray.method(concurrency_group="notes")
     def note(self, run: str, frame: bytes) -> None:
@@ -135,11 +186,34 @@ class NodeActor:
         """End the pools."""
         self._pools.close()
 
+    def _end_run(self) -> None:
+        run, self._prewarm = self._prewarm, None
+        if run is not None:
+            run.close()
+
+    def _begun(self) -> NodeRun:
+        if self._prewarm is None:
+            # The actor was started anew since: whoever asks begins the run again.
+            raise NodeError(self._node, cluster.LOST)
+        return self._prewarm
+
     def _pull(
-        self, request: dict[str, Any], progress: Progress, cancelled: Callable[[], bool]
+        self,
+        request: dict[str, Any],
+        progress: Progress,
+        ways: list[dict[str, Any]],
+        cancelled: Callable[[], bool],
     ) -> dict[str, Any]:
         settings = settings_from_dict(request["settings"])
-        store = self._store(request, settings)
+        origin = {name: request[name] for name in ("settings", "environment")}
+        spread = None
+        if request["spread"] is None:
+            store = self._store(request, settings)
+        else:
+            run = self._begun()
+            store = run.store
+            origin["environment"] = run.environment
+            spread = run.task(request["spread"])
         source = source_from_dict(request["source"])
         image = Image.from_dict(request["image"])
         digests = [
@@ -153,9 +227,11 @@ class NodeActor:
             run=request["run"],
             owner=cluster.own_handle(),
             settings=settings,
-            origin={name: request[name] for name in ("settings", "environment")},
+            origin=origin,
             store=store,
             progress=progress,
+            spread=spread,
+            ways=ways,
         )
         engine = NodeEngine(settings, progress=progress, store=store, crew=crew)
         try:
@@ -180,7 +256,8 @@ class NodeActor:
         actor = request["progress"]
         if actor is None:
             return None
-        run = request["run"]
+        # All pulls of a pre-warm run are shown together.
+        run = request["run"] if request["spread"] is None else request["spread"]["run"]
 
         def send(frame: bytes) -> bool:
             try:

@@ -33,7 +33,8 @@ class Member(Generic[Actor]):
 class Pool(Generic[Actor]):
     """The members; ``start(name)`` makes an actor at once, ``end(actor)`` kills one.
 
-    ``watch(actor, lose)`` calls ``lose`` when the actor's process has ended.
+    ``watch(actor, lose)`` calls ``lose`` when the actor's process has ended. A ``lazy`` pool has no
+    members before they are asked for.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Pool(Generic[Actor]):
         start: Callable[[str], Actor],
         end: Callable[[Actor], None],
         watch: Callable[[Actor, Callable[[], None]], None],
+        lazy: bool = False,
     ) -> None:
         self.name = name
         self.size = max(1, size)
@@ -53,7 +55,9 @@ class Pool(Generic[Actor]):
         self._lock = threading.Lock()
         self._made = 0
         self._closed = False
-        self._members = [self._make() for _ in range(self.size)]
+        self._members: list[Member[Actor]] = []
+        if not lazy:
+            self._replace_lost()
 
     def take(self) -> Member[Actor]:
         """Return the living member with the fewest tasks, counting one more on it."""
@@ -93,6 +97,8 @@ class Pool(Generic[Actor]):
                 # It may live yet, only out of reach: two must not work in one place.
                 self._end(member.actor)
                 self._members[place] = self._make()
+        while len(self._members) < self.size:
+            self._members.append(self._make())
 
     def _make(self) -> Member[Actor]:
         self._made += 1

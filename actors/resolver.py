@@ -1,7 +1,8 @@
 """Resolves references for a whole run or session: each once, whoever asks.
 
 Invariant: all that ask for one reference within its TTL get the same digest; what is handed out
-carries its documents along, so that no node has to ask for them again.
+carries its documents along, so that no node has to ask for them again. Who may read what from the
+origin is decided here too, on one thread.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ from typing import Any
 
 import ray
 
+from stowray.actors import cluster
 from stowray.actors.engines import Engines
+from stowray.actors.lease_book import LeaseBooks
 from stowray.actors.tasks import Tasks
 from stowray.actors.wire import documents_of, options_from_dict
 from stowray.pipeline.errors import StowrayError, to_wire
@@ -25,6 +28,7 @@ class ResolverActor:
     def __init__(self) -> None:
         self._tasks = Tasks()
         self._engines = Engines()
+        self._books = LeaseBooks(restarted=cluster.was_restarted())
 
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -48,6 +52,36 @@ class ResolverActor:
             reply = {"error": to_wire(error)}
         reply["events"] = [event.to_dict() for event in progress.events()]
         return reply
+
+    @ray.method(concurrency_group="work")
+    def look(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Return ``{descriptor}`` that a reference names now, or ``{error}``; fetches no more."""
+        engine = self._engines.get(request)
+        try:
+            with self._tasks.running(request["run"]) as cancelled:
+                descriptor = engine.resolve(
+                    source_from_dict(request["source"]),
+                    options_from_dict(request["options"]),
+                    cancelled,
+                )
+        except StowrayError as error:
+            return {"error": to_wire(error)}
+        return {"descriptor": descriptor.to_dict()}
+
+    @ray.method(concurrency_group="leases")
+    def leases(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Answer a node's question about the origin; see :meth:`LeaseBooks.answer`."""
+        return self._books.answer(request)
+
+    @ray.method(concurrency_group="leases")
+    def tell(self, run: str, connections: int, addresses: dict[str, str]) -> str:
+        """Take note of where a run's nodes serve; see :meth:`LeaseBooks.tell`."""
+        return self._books.tell(run, connections, addresses)
+
+    @ray.method(concurrency_group="leases")
+    def node_died(self, run: str, node: str) -> None:
+        """End what a dead node held; see :meth:`LeaseBooks.node_died`."""
+        self._books.node_died(run, node)
 
     @ray.method(concurrency_group="control")
     def cancel(self, run: str) -> bool:

@@ -1,0 +1,126 @@
+"""Leases as a node sees them, with an owner that is started anew in between."""
+
+# ruff: noqa: TID251 - the ban on the actors is for pipeline/
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stowray.actors.lease_book import LeaseBooks
+from stowray.actors.lease_client import LeaseClient
+from stowray.pipeline.errors import NodeError, UsageError
+from stowray.pipeline.origin_leases import DEFAULT_TTL_SECONDS, Elsewhere, Granted, Later
+
+
+class Owner:
+    """Books that can be lost, as those of a process that died and was started again."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.is_up = True
+        self.questions: list[str] = []
+        self.books = LeaseBooks(restarted=False, monotonic=lambda: self.now)
+
+    def lose(self) -> None:
+        self.books = LeaseBooks(restarted=True, monotonic=lambda: self.now)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        self.questions.append(request["question"])
+        if not self.is_up:
+            raise NodeError("owner", "gone")
+        return self.books.answer(request)
+
+    def client(self, node: str, connections: int = 2) -> LeaseClient:
+        return LeaseClient(
+            self.answer, run="r", node=node, address=f"{node}:1", connections=connections
+        )
+
+
+@pytest.fixture
+def owner() -> Owner:
+    return Owner()
+
+
+def test_one_node_reads_and_others_are_told_where(owner: Owner) -> None:
+    a, b = owner.client("a"), owner.client("b")
+    assert a.ask("k", 100, 0) == Granted(0, 100, DEFAULT_TTL_SECONDS)
+    told = b.ask("k", 100, 0)
+    assert isinstance(told, Elsewhere)
+    assert (told.nodes, told.reading) == (("a",), True)
+    assert b.address("a") == "a:1"
+    assert b.address("nobody") == ""
+    assert a.progress("k", 60) == DEFAULT_TTL_SECONDS
+    a.release("k")
+    assert b.ask("k", 100, 60) == Granted(60, 100, DEFAULT_TTL_SECONDS)
+    a.has("k", 100, 0, 60)
+    told = b.ask("k", 100, 0)
+    assert isinstance(told, Elsewhere)
+    assert told.nodes == ("a",)
+
+
+def test_what_is_held_is_declared_to_a_new_owner_before_anybody_else_gets_it(owner: Owner) -> None:
+    a, b = owner.client("a"), owner.client("b")
+    a.ask("k", 100, 0)
+    a.ask("other", 50, 0)
+    a.has("other", 50)
+    a.permit("k")
+    a.progress("k", 40)
+    owner.lose()
+    # The new owner says nothing to others before it knows more.
+    assert isinstance(b.ask("k", 100, 40), Later)
+    assert a.progress("k", 45) == DEFAULT_TTL_SECONDS, "the holder reads on"
+    told = b.ask("k", 100, 50)
+    assert isinstance(told, Elsewhere)
+    assert told.nodes == ("a",)
+    assert "declare_permit" in owner.questions
+    assert owner.questions.count("declare") == 1, "what was given back or read is not held"
+
+
+def test_permits_are_for_the_whole_cluster_also_after_a_restart(owner: Owner) -> None:
+    a, b = owner.client("a", 1), owner.client("b", 1)
+    assert a.permit("x") > 0
+    assert b.permit("y") == 0
+    owner.lose()
+    assert a.permit("x") > 0
+    owner.now += DEFAULT_TTL_SECONDS / 2
+    a.permit("x")
+    owner.now += DEFAULT_TTL_SECONDS / 2 + 1
+    assert b.permit("y") == 0, "the old one still counts"
+    a.give_back("x")
+    assert b.permit("y") > 0
+
+
+def test_a_dead_node_holds_nothing(owner: Owner) -> None:
+    a, b = owner.client("a", 1), owner.client("b", 1)
+    a.ask("k", 100, 0)
+    a.permit("k")
+    owner.books.node_died("r", "a")
+    owner.books.node_died("another run", "a")
+    assert isinstance(b.ask("k", 100, 0), Granted)
+    assert b.permit("k") > 0
+    assert b.address("a") == ""
+
+
+def test_runs_do_not_know_each_other(owner: Owner) -> None:
+    owner.client("a").ask("k", 100, 0)
+    other = LeaseClient(owner.answer, run="s", node="b", address="", connections=1)
+    assert isinstance(other.ask("k", 100, 0), Granted)
+
+
+def test_no_answer_is_an_error_and_what_is_held_stays_held(owner: Owner) -> None:
+    a = owner.client("a")
+    a.ask("k", 100, 0)
+    owner.is_up = False
+    with pytest.raises(NodeError):
+        a.progress("k", 10)
+    owner.is_up = True
+    owner.lose()
+    assert a.progress("k", 20) > 0
+    assert owner.questions[-2:] == ["declare", "progress"]
+
+
+def test_an_unknown_question_is_refused(owner: Owner) -> None:
+    with pytest.raises(UsageError):
+        owner.client("a")._ask("burn")
