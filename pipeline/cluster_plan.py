@@ -242,7 +242,9 @@ def _from_origin(
     holders: list[NodeState] = []
     for part in parts:
         wave = [states[number] for number in part]
-        trees = spread(blobs, [*holders, *wave], fan_out=limits.fan_out)
+        # Those that come later give what they have already, and get nothing yet.
+        later = [replace(state, missing=frozenset()) for state in states[part.stop :]]
+        trees = spread(blobs, [*holders, *wave, *later], fan_out=limits.fan_out)
         for tree in trees.trees:
             if tree.order and not tree.holders:
                 own = origin[trees.nodes[tree.order[0]]]

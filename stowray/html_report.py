@@ -38,7 +38,7 @@ _SIGNS: Final = {
 }
 _STYLE: Final = """
 td.good, .good { color: var(--green); } td.bad, .bad { color: var(--red); }
-.matrix td { text-align: left; }
+.matrix td, .matrix th { text-align: left; } h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
 .verdict { font-size: 1.05rem; border-left: 4px solid currentColor; padding: .2rem .8rem; }
 .bar { display: inline-block; height: .7rem; border-radius: 2px; vertical-align: middle; }
 ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
