@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray import __version__
-from stowray.cli.context import Context, common_options
+from stowray.cli.context import COMPLETION, Context, common_options
 from stowray.pipeline.errors import StowrayError, describe
 
 if TYPE_CHECKING:
     from types import FrameType
+
+    from click.shell_completion import CompletionItem
 
 # name -> (module below stowray.cli, one line for the list of commands)
 COMMANDS = {
@@ -50,7 +52,7 @@ COMMANDS = {
     "prewarm": ("prewarm", "Bring images to every node of a Ray cluster."),
     "status": ("prewarm", "Show which node has which images, checked on disk."),
     "doctor": ("doctor", "Check machine, store, registries and cluster; say what to do."),
-    "doctor": ("doctor", "Check machine, store, registries and cluster; say what to do."),
+    "completion": ("completion", "Print shell completion: commands, options, references."),
     "session": ("session", "Start, stop or show the warm private Ray."),
     "demo": ("demo", "Show the main job with a small image, no registry needed."),
 }
@@ -75,6 +77,18 @@ class LazyGroup(click.Group):
         """List commands without importing them."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+
+    def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
+        """Offer the commands without importing them, else the options."""
+        if incomplete.startswith("-"):
+            return super().shell_complete(ctx, incomplete)
+        from click.shell_completion import CompletionItem
+
+        return [
+            CompletionItem(name, help=line)
+            for name, (_, line) in COMMANDS.items()
+            if name.startswith(incomplete)
+        ]
 
     def resolve_command(
         self, ctx: click.Context, args: list[str]
@@ -106,6 +120,10 @@ def cli(ctx: click.Context, /, **options: object) -> None:
 
 def run(arguments: list[str]) -> int:
     """Run one command line and return its exit status."""
+    if COMPLETION in os.environ:
+        from stowray.cli.complete import answer
+
+        return answer(cli, os.environ[COMPLETION])
     signal.signal(signal.SIGTERM, _terminate)
     context = None
     try:

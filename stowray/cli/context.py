@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from stowray.pipeline.progress import Progress
     from stowray.pipeline.settings import Settings
     from stowray.pipeline.store import Store
+
+# Set by the code of `stowray completion`: the shell asks what could come next.
+COMPLETION = "_STOWRAY_COMPLETE"
 
 _COMMON: tuple[Callable[[Any], Any], ...] = (
     click.option("--store", metavar="DIR", help="The store (env STOWRAY_STORE)."),
@@ -143,7 +147,12 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
         invoke.__doc__ = function.__doc__
         invoke.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
         make: Callable[[Callable[..., Any]], click.Command] = click.command(name, **settings)
-        return make(common_options(invoke))
+        made = make(common_options(invoke))
+        if COMPLETION in os.environ:
+            from stowray.cli.complete import completed
+
+            completed(made)
+        return made
 
     return decorate
 
