@@ -12,10 +12,11 @@ import errno
 import fcntl
 import os
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import CancelledError, DeadlineError
+from stowray.pipeline.files import translated
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -73,30 +74,50 @@ def locked(
 
     Without ``keep`` the file is removed at the end, for names that come and go with their content.
     """
+    descriptor = _take(path, what, wait_seconds, cancelled, shared=shared)
+    try:
+        yield
+    finally:
+        try:
+            if not keep and not shared:
+                with translated(path, "remove a lock"):
+                    path.unlink(missing_ok=True)
+        finally:
+            unlock(descriptor)
+            os.close(descriptor)
+
+
+def _take(
+    path: Path,
+    what: str,
+    wait_seconds: float,
+    cancelled: Callable[[], bool] | None,
+    *,
+    shared: bool,
+) -> int:
+    """Return the descriptor of the locked file."""
     deadline = time.monotonic() + wait_seconds
     pause = _FIRST_PAUSE
-    descriptor = open_lock(path)
-    try:
-        while True:
-            if try_lock(descriptor, shared=shared):
-                if is_current(descriptor, path):
-                    break
-                os.close(descriptor)
-                descriptor = open_lock(path)
-                continue
-            if cancelled is not None and cancelled():
-                raise CancelledError(what)
-            remaining = deadline - time.monotonic()
-            if remaining <= 0:
-                raise DeadlineError(f"waiting for the lock of {what}", wait_seconds)
-            time.sleep(min(pause, remaining))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+    with translated(path, "take a lock"):
+        descriptor = open_lock(path)
         try:
-            yield
-        finally:
-            if not keep and not shared:
-                with suppress(FileNotFoundError):
-                    path.unlink()
-            unlock(descriptor)
-    finally:
-        os.close(descriptor)
+            while True:
+                if try_lock(descriptor, shared=shared):
+                    if is_current(descriptor, path):
+                        return descriptor
+                    # Its last holder removed it: whoever comes next makes a new one.
+                    os.close(descriptor)
+                    descriptor = -1
+                    descriptor = open_lock(path)
+                    continue
+                if cancelled is not None and cancelled():
+                    raise CancelledError(what)
+                remaining = deadline - time.monotonic()
+                if remaining <= 0:
+                    raise DeadlineError(f"waiting for the lock of {what}", wait_seconds)
+                time.sleep(min(pause, remaining))
+                pause = min(pause * 2, _LONGEST_PAUSE)
+        except BaseException:
+            if descriptor >= 0:
+                os.close(descriptor)
+            raise
