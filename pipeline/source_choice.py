@@ -302,6 +302,11 @@ class SourceChoice:
             return self._next(now)
         return None
 
+    def held_up(self, now: float) -> None:
+        """Take note that this node itself did not read for a while: nobody is to blame."""
+        self._heard = now
+        self._turn_window(now)
+
     def failed(self, now: float, reason: str) -> Action:
         """Pass over a source that refused, broke off, or is gone."""
         return self._leave(now, _FAILED, reason)
