@@ -17,7 +17,6 @@ from stowray.actors.wire import settings_from_dict
 from stowray.pipeline.engine import LocalEngine
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import Request
-from stowray.pipeline.source import DiskImage
 from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
@@ -45,23 +44,7 @@ class MemberEngine(LocalEngine):
         store: Store,
         environment: Mapping[str, str],
     ) -> None:
-        super().__init__(settings, progress=progress, store=store)
-        self._environment = dict(environment)
-
-    def _side(self, source: Source) -> tuple[Origin, Fetcher]:
-        if isinstance(source, DiskImage):
-            return super()._side(source)
-        with self._lock:
-            side = self._sides.get("")
-            if side is None:
-                from stowray.pipeline.fetch import Fetcher
-                from stowray.pipeline.registry import Registry
-
-                registry = Registry(self.settings.registry, environment=self._environment)
-                self._registry = registry
-                fetcher = Fetcher(self.store, [registry], self.settings.registry)
-                side = self._sides[""] = (registry, fetcher)
-            return side
+        super().__init__(settings, progress=progress, store=store, environment=dict(environment))
 
     def side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it alone."""

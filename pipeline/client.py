@@ -238,6 +238,7 @@ class Client:
     def close(self) -> None:
         """Close all connections."""
         self._transport.close()
+        self._limiter.close()
 
     def may_be_plain(self, host: str) -> bool:
         """Return whether plain http to ``host`` is allowed: loopback, or named in the settings."""

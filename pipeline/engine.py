@@ -28,7 +28,7 @@ from stowray.pipeline.source import DiskImage, Source
 from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
     from stowray.pipeline.crew import Crew
@@ -74,10 +74,13 @@ class LocalEngine:
         store: Store | None = None,
         crew: Crew | None = None,
         fork_workers: bool = False,
+        environment: Mapping[str, str] | None = None,
     ) -> None:
         """Take what is given and make the rest when it is needed.
 
-        ``crew`` carries out the steps of plans, by default threads and processes of this machine.
+        ``environment`` decides how registries are reached and who one is to them, by default this
+        process's own. ``crew`` carries out the steps of plans, by default threads and processes of
+        this machine.
         """
         self.settings = settings
         self.progress = progress
@@ -87,6 +90,7 @@ class LocalEngine:
         self.on_warning: Callable[[str], None] | None = None
         self._begun = False
         self._fork_workers = fork_workers
+        self._environment = os.environ if environment is None else environment
         self._lock = threading.Lock()
         self._crew: Crew | None = crew
         self._sides: dict[str, tuple[Origin, Fetcher]] = {}
@@ -384,7 +388,7 @@ class LocalEngine:
         from stowray.pipeline.policy_json import load
 
         # Read each time: an actor of a session lives longer than a policy may.
-        load(self.settings.registry.policy_file, os.environ).check(source)
+        load(self.settings.registry.policy_file, self._environment).check(source)
 
     def _side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it."""
@@ -399,14 +403,25 @@ class LocalEngine:
 
                     origin = open_disk_image(source)
                 else:
-                    from stowray.pipeline.registry import Registry
-
-                    origin = self._registry = Registry(self.settings.registry, warn=self._warn)
+                    origin = self._registry = self._new_registry()
                 side = self._sides[key] = (
                     origin,
                     Fetcher(self.store, [origin], self.settings.registry),
                 )
             return side
+
+    def _new_registry(self) -> Registry:
+        from stowray.pipeline.node_limits import NodeLimits
+        from stowray.pipeline.registry import Registry
+
+        # Next to the store's locks: whoever shares the store shares what registries are asked.
+        limits = [NodeLimits(self.store.path / "locks" / "hosts")] if self.store.writable else []
+        return Registry(
+            self.settings.registry,
+            environment=self._environment,
+            warn=self._warn,
+            shared=limits,
+        )
 
 
 def _origin_key(source: Source) -> str:

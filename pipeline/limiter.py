@@ -1,25 +1,69 @@
 """What one host gets at once and per second, and for how long it is left alone.
 
 Invariant: a permit is held for one HTTP exchange, from before the request to the end of the body,
-and given back on every path; a host that asks for a pause gets it from all threads of the process.
+and given back on every path; a host that asks for a pause gets it from all threads of the process,
+and from all who share its limits: the processes of a node, the nodes of a cluster.
 """
 
 from __future__ import annotations
 
 import threading
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import CancelledError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
+    from contextlib import AbstractContextManager
+
+    from stowray.pipeline.node_limits import Kind, Line
 
 DOCUMENT_PERMITS = 4
 POLL_SECONDS = 0.05
+# Between two looks for a permit of others: who has waited for long looks often.
+FIRST_LOOK_SECONDS = 0.05
+SHORTEST_LOOK_SECONDS = 0.005
+# Whether a holder is stopped is asked when it has had the permit for longer than most.
+STOPPED_LOOKS = 50
 # Sleeps shorter than this are put together: they would be inexact and cost more than they save.
 SHORTEST_SLEEP_SECONDS = 0.02
+
+
+class SharedLimits(Protocol):
+    """Limits that others share: :class:`stowray.pipeline.node_limits.NodeLimits`, or a cluster's.
+
+    Thread-safe; no call waits. What it hands out ends by itself when this process does.
+    """
+
+    def permit(self, host: str, kind: Kind, limit: int) -> Callable[[], None] | None:
+        """Return what gives a permit for one exchange back, None when there is none now."""
+
+    def free(self, host: str, kind: Kind, limit: int) -> int:
+        """Return how many permits nobody has or waits for."""
+
+    def is_stopped(self, host: str, kind: Kind, limit: int) -> bool:
+        """Return whether a holder does not use its permit, so that one more may go without."""
+
+    def waiting(self, host: str, kind: Kind) -> AbstractContextManager[None]:
+        """Let others know that somebody waits, for as long as the block lasts."""
+
+    def is_waited_for(self, host: str, kind: Kind) -> bool:
+        """Return whether somebody waits for a permit."""
+
+    def pause(self, host: str, seconds: float) -> None:
+        """Let nobody ask ``host`` for that long."""
+
+    def rest(self, host: str) -> float:
+        """Return for how many seconds more ``host`` is to be left alone."""
+
+    def book(self, host: str, line: Line, seconds: float) -> float:
+        """Take the next ``seconds`` of a line; return in how many seconds they begin."""
+
+    def close(self) -> None:
+        """Give back what is still out."""
 
 
 @dataclass(slots=True)
@@ -38,7 +82,8 @@ class Limiter:
     """Permits per host: ``connections`` for blobs, a few more for small documents.
 
     Documents have permits of their own, so that a manifest never waits behind layers. Rates are per
-    second, of requests and of the bytes of blobs; 0 is no limit.
+    second, of requests and of the bytes of blobs; 0 is no limit. All of it holds for this process
+    alone and for those together that have ``shared`` in common.
     """
 
     def __init__(
@@ -48,13 +93,20 @@ class Limiter:
         *,
         requests_per_second: float = 0.0,
         bytes_per_second: int = 0,
+        shared: Sequence[SharedLimits] = (),
     ) -> None:
         self._connections = max(1, connections)
         self._requests = requests_per_second
         self._bytes = bytes_per_second
+        self._shared = tuple(shared)
         self._clock = clock
         self._changed = threading.Condition()
         self._hosts: dict[str, _Host] = {}
+
+    def close(self) -> None:
+        """Let go of what is shared."""
+        for shared in self._shared:
+            shared.close()
 
     def acquire(
         self, host: str, *, document: bool, cancelled: Callable[[], bool] | None = None
@@ -74,20 +126,56 @@ class Limiter:
                 state.documents += 1
             else:
                 state.blobs += 1
-        held = [True]
+            gap = state.document_gap if document else 0.0
 
         def release() -> None:
             with self._changed:
-                if not held:
-                    return
-                held.clear()
                 if document:
                     state.documents -= 1
                 else:
                     state.blobs -= 1
                 self._changed.notify_all()
 
-        return release
+        with ExitStack() as stack:
+            stack.callback(release)
+            for shared in self._shared:
+                stack.callback(self._acquire_shared(shared, host, document, gap, cancelled))
+            # Everything is there: from now on the caller gives it back.
+            return stack.pop_all().close
+
+    def _acquire_shared(
+        self,
+        shared: SharedLimits,
+        host: str,
+        document: bool,
+        gap: float,
+        cancelled: Callable[[], bool] | None,
+    ) -> Callable[[], None]:
+        if self._requests > 0:
+            seconds = shared.book(host, "requests", 1.0 / self._requests)
+            self._sleep(seconds, host, cancelled)
+        if gap > 0:
+            self._sleep(shared.book(host, "documents", gap), host, cancelled)
+        kind: Kind = "documents" if document else "blobs"
+        limit = DOCUMENT_PERMITS if document else self._connections
+        if shared.rest(host) <= 0 and not shared.is_waited_for(host, kind):
+            release = shared.permit(host, kind, limit)
+            if release is not None:
+                return release
+        pause, looks = FIRST_LOOK_SECONDS, 0
+        with shared.waiting(host, kind):
+            while True:
+                rest = shared.rest(host)
+                self._sleep(max(rest, pause), host, cancelled)
+                if rest > 0:
+                    continue
+                release = shared.permit(host, kind, limit)
+                if release is not None:
+                    return release
+                pause = max(pause / 2, SHORTEST_LOOK_SECONDS)
+                looks += 1
+                if looks % STOPPED_LOOKS == 0 and shared.is_stopped(host, kind, limit):
+                    return _nothing
 
     def _wait(
         self, state: _Host, host: str, *, document: bool, cancelled: Callable[[], bool] | None
@@ -124,21 +212,24 @@ class Limiter:
         """Wait until ``count`` bytes more of ``host`` are within its share of the line."""
         if not self._bytes:
             return
+        seconds = count / self._bytes
         with self._changed:
             state = self._hosts.setdefault(host, _Host())
             now = self._clock.monotonic()
-            state.paid_until = max(now, state.paid_until) + count / self._bytes
-            end = state.paid_until
-        while (rest := end - self._clock.monotonic()) > SHORTEST_SLEEP_SECONDS:
-            if cancelled():
-                raise CancelledError(f"bytes of {host}")
-            self._clock.sleep(min(rest, POLL_SECONDS))
+            state.paid_until = max(now, state.paid_until) + seconds
+            wait = state.paid_until - now
+        for shared in self._shared:
+            wait = max(wait, shared.book(host, "bytes", seconds) + seconds)
+        if wait > SHORTEST_SLEEP_SECONDS:
+            self._sleep(wait, host, cancelled)
 
     def pause(self, host: str, seconds: float) -> None:
         """Start no exchange with ``host`` for that long."""
         with self._changed:
             state = self._hosts.setdefault(host, _Host())
             state.not_before = max(state.not_before, self._clock.monotonic() + seconds)
+        for shared in self._shared:
+            shared.pause(host, seconds)
 
     def space_documents(self, host: str, seconds: float) -> None:
         """Let at least that long pass between two requests for documents of ``host``."""
@@ -157,4 +248,19 @@ class Limiter:
             state = self._hosts.get(host, _Host())
             if state.not_before > self._clock.monotonic():
                 return 0
-            return max(0, self._connections - state.blobs - state.waiting)
+            spare = max(0, self._connections - state.blobs - state.waiting)
+        for shared in self._shared if spare else ():
+            spare = 0 if shared.rest(host) > 0 else spare
+            spare = min(spare, shared.free(host, "blobs", self._connections))
+        return spare
+
+    def _sleep(self, seconds: float, host: str, cancelled: Callable[[], bool] | None) -> None:
+        end = self._clock.monotonic() + seconds
+        while (rest := end - self._clock.monotonic()) > 0:
+            if cancelled is not None and cancelled():
+                raise CancelledError(f"request to {host}")
+            self._clock.sleep(min(rest, POLL_SECONDS))
+
+
+def _nothing() -> None:
+    """Give nothing back."""

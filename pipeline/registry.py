@@ -59,11 +59,12 @@ from stowray.pipeline.retry import Retries, RetryPolicy
 from stowray.pipeline.settings import RegistrySettings
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from stowray.pipeline.client import Answer, Client
     from stowray.pipeline.endpoint import Endpoint
     from stowray.pipeline.endpoints import Operation
+    from stowray.pipeline.limiter import SharedLimits
     from stowray.pipeline.quota import Quota
     from stowray.pipeline.response import Response
     from stowray.pipeline.source import Source
@@ -91,13 +92,14 @@ class Registry:
         environment: Mapping[str, str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
         warn: Callable[[str], None] | None = None,
-        client: Client | None = None,
+        shared: Sequence[SharedLimits] = (),
     ) -> None:
+        """Take what is given; ``shared`` are limits in common with other processes."""
         self._settings = settings or RegistrySettings()
         self._clock = clock
         environment = os.environ if environment is None else environment
         self._endpoints = Endpoints(self._settings, environment, clock)
-        self._client = client or _client(self._settings, environment, clock, warn)
+        self._client = _client(self._settings, environment, clock, warn, shared)
 
     def close(self) -> None:
         """Close all connections."""
@@ -461,6 +463,7 @@ def _client(
     environment: Mapping[str, str],
     clock: Clock,
     warn: Callable[[str], None] | None,
+    shared: Sequence[SharedLimits],
 ) -> Client:
     # Here and not above: a pull that finds everything in the store needs none of this.
     from stowray.pipeline.client import Client
@@ -485,6 +488,7 @@ def _client(
             clock,
             requests_per_second=settings.requests_per_second,
             bytes_per_second=settings.bytes_per_second,
+            shared=shared,
         ),
         plain_http=settings.plain_http,
         clock=clock,

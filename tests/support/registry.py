@@ -311,7 +311,12 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.stall is not None:
             end = min(end, fault.stall)
         step, pause = fault.trickle or (1 << 20, 0.0)
+        if end > step:
+            self.server.registry._count_body(1)
         for start in range(0, end, step):
+            if end > step and start + step >= end:
+                # Before its last piece is sent: with that one the client may go on.
+                self.server.registry._count_body(-1)
             piece = body[start : min(start + step, end)]
             if fault.length == "chunked":
                 self.wfile.write(b"%x\r\n" % len(piece) + piece.tobytes() + b"\r\n")
@@ -405,6 +410,7 @@ class FakeRegistry:
 
     def __post_init__(self) -> None:
         self.requests: list[Request] = []
+        self.bodies = 0  # of several pieces, under way but for their last piece
         self.failures: list[BaseException | None] = []
         self.blobs: dict[str, bytes] = {}
         self.manifests: dict[tuple[str, str], tuple[str, bytes]] = {}
@@ -635,6 +641,10 @@ class FakeRegistry:
     def revoke_tokens(self) -> None:
         with self._lock:
             self.tokens.clear()
+
+    def _count_body(self, change: int) -> None:
+        with self._lock:
+            self.bodies += change
 
     def _take(self, method: str, path: str) -> Fault | None:
         with self._lock:
