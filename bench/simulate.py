@@ -61,6 +61,7 @@ class World:
     detection: float = 2.0
     health_check: float = 10.0
     lease: float = 3.0
+    look: float = 0.5
     slow_share: float = 0.01
     slow_factor: float = 5.0
     death_share: float = 0.005
@@ -282,29 +283,35 @@ class Simulation:
         self.leases.node_died(self.plan.nodes[node])
         self.permits.node_died(self.plan.nodes[node])
 
-    def tick(self, node: int, _: int) -> None:
+    def tick(self, node: int, count: int) -> None:
+        """Look after every stream of a node; measure rates and renew leases every few times."""
         if self.died[node] <= self.now or self.ready_at[node]:
             return
         now = self.now
-        rates: list[float] = []
-        before = self.reported[node]
-        period = self.world.detection / 2
+        looks = max(1, round(self.world.detection / 2 / self.world.look))
         waiting = [stream for stream in self.streams[node] if not stream.choice.done]
         for stream in waiting:
             self.flush(stream)
+        if count % looks == 0:
+            self.measure(node, waiting, looks * self.world.look)
+        expected = self.pace[node].expected
+        for stream in waiting:
+            action = stream.choice.tick(now, expected)
+            if action is not None:
+                self.act(stream, action)
+        self.at(now + self.world.look, self.tick, node, count + 1)
+
+    def measure(self, node: int, streams: list[Stream], period: float) -> None:
+        rates: list[float] = []
+        before = self.reported[node]
+        for stream in streams:
             choice = stream.choice
             if choice.source and not choice.is_starved:
                 rates.append((choice.position - before.get(stream.tree, 0)) / period)
             before[stream.tree] = choice.position
-        expected = self.pace[node].observe(rates)
-        for stream in waiting:
-            choice = stream.choice
             if choice.source == ORIGIN:
                 self.renew(stream)
-            action = choice.tick(now, expected)
-            if action is not None:
-                self.act(stream, action)
-        self.at(now + period, self.tick, node)
+        self.pace[node].observe(rates)
 
     def renew(self, stream: Stream) -> None:
         self.message()
@@ -385,7 +392,12 @@ class Simulation:
             return
         self.flush(asked)
         self.flush(stream)
-        action = stream.choice.told(self.now, asked.choice.position, asked.choice.source)
+        action = stream.choice.told(
+            self.now,
+            asked.choice.position,
+            asked.choice.source,
+            pace=self.pace[asked.node].expected,
+        )
         if action is not None:
             self.act(stream, action)
 

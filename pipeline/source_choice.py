@@ -198,7 +198,9 @@ class SourceChoice:
         "_answered",
         "_asked",
         "_below",
+        "_dry",
         "_elsewhere",
+        "_expected",
         "_heard",
         "_hop",
         "_hops",
@@ -208,6 +210,7 @@ class SourceChoice:
         "_patience",
         "_pause_until",
         "_reader_had",
+        "_source_pace",
         "_sources",
         "_spans",
         "_standing",
@@ -243,10 +246,13 @@ class SourceChoice:
         self._asked = 0.0
         self._answered = 0.0
         self._starved_since = 0.0
+        self._dry = False
         self._window = 0.0
         self._window_position = position
         self._hop = self._below = ""
         self._hops = 0
+        self._source_pace = 0.0
+        self._expected = 0.0
         # How far a source that reads from the origin was when last asked; -1: no such source.
         self._reader_had = -1
         self._pause_until = 0.0
@@ -293,6 +299,13 @@ class SourceChoice:
 
     def received(self, count: int, now: float) -> Action | None:
         """Take note of bytes from the present source."""
+        further = bool(self._asked) and self._hop != self.source
+        if (self._dry or further) and now - self._heard >= self._patience.silence:
+            # The source has one again: how long it had none says nothing of its rate.
+            self._turn_window(now)
+        self._dry = False
+        if further:
+            self._suspect(now, self._patience.answer / 4)
         self.position += count
         self._heard = now
         self._asked = 0.0
@@ -337,8 +350,9 @@ class SourceChoice:
         return self._next(now)
 
     def tick(self, now: float, expected: float = 0.0) -> Action | None:
-        """Look whether the present source is to be doubted; call it about once a second."""
+        """Look whether the present source is to be doubted; call it about twice a second."""
         patience = self._patience
+        self._expected = expected
         if self.source is None:
             if self.done or self._waits_for_lease or now < self._pause_until:
                 return None
@@ -351,7 +365,8 @@ class SourceChoice:
                 return None
             if self._hop == self.source:
                 return self._leave(now, _FAILED, "does not answer")
-            # Those who read from that one will notice.
+            # Those who read from that one will notice; here it need not be tried first.
+            self._suspect(now, patience.answer)
             self._starve(now)
             return None
         if self._starved_since and now - self._starved_since >= patience.starved:
@@ -370,20 +385,30 @@ class SourceChoice:
             self._standing.forgive(self.source)
         return None
 
-    def told(self, now: float, have: int, upstream: str | None) -> Action | None:
+    def told(
+        self, now: float, have: int, upstream: str | None, *, pace: float = 0.0
+    ) -> Action | None:
         """Take the answer to the last probe: how far that node is, and whom it reads from.
 
-        ``upstream`` is None while it looks for a source itself.
+        ``upstream`` is None while it looks for a source itself. ``pace`` is the rate that it
+        expects of one source (:class:`Pace`), 0 when it does not say: one that gets from others
+        what this node gets is not slow itself, and will leave a slow one.
         """
         if not self._asked or self.source is None:
             return None
         hop, below = self._hop, self._below
+        if hop == self.source:
+            self._source_pace = pace
         margin = self._patience.margin
         if have > self.position + margin or have >= self.length:
             if hop == self.source:
                 return self._leave(now, _SLOW, "has more than it sends")
-            if below == self.source:
+            its, mine = self._source_pace, self._expected
+            if its <= mine / 2 if its else below == self.source:
                 return self._leave(now, _SLOW, "receives slowly")
+            if below == self.source:
+                # It is the one above that sends little: the source will leave that one itself.
+                self._standing.postpone(hop, now + self._patience.avoid)
             self._starve(now)
             return None
         if hop == self.source and have + margin < self.position:
@@ -469,6 +494,7 @@ class SourceChoice:
         self.source = source
         self._limit = self.length
         self._reader_had = -1
+        self._dry = False
         self._asked = self._starved_since = self._answered = 0.0
         self._heard = now
         self._turn_window(now)
@@ -495,8 +521,14 @@ class SourceChoice:
         """Stay with the source, which waits for others, for a time."""
         self._asked = 0.0
         self._answered = now
+        self._dry = True
         self._starved_since = self._starved_since or now
         self._turn_window(now)
+
+    def _suspect(self, now: float, seconds: float) -> None:
+        """Try others before a node further up that has not answered for ``seconds``."""
+        if now - self._asked >= seconds:
+            self._standing.postpone(self._hop, now + self._patience.avoid)
 
     def _leave(self, now: float, kind: str, detail: str) -> Action:
         source = self.source

@@ -107,6 +107,75 @@ def test_a_dead_node_further_up_is_for_its_own_children_to_notice() -> None:
     assert not one.reports
 
 
+@pytest.mark.parametrize("bytes_come", [False, True])
+def test_a_dead_node_further_up_is_not_the_next_to_be_tried(bytes_come: bool) -> None:
+    one = choice("parent", "grandparent", "other")
+    one.begin(0.0)
+    assert one.tick(1.0, RATE) == Probe("parent")
+    assert one.told(1.1, 0, "grandparent") == Probe("grandparent")
+    if bytes_come:  # the parent has another source by now
+        assert one.received(10, 1.9) is None
+    else:
+        assert one.tick(2.2, RATE) is None
+    assert one.failed(2.5, "gone") == Fetch("other", one.position)
+
+
+def test_a_node_that_is_asked_and_bytes_come_at_once_is_not_suspected() -> None:
+    one = choice("parent", "grandparent", "other")
+    one.begin(0.0)
+    one.tick(1.0, RATE)
+    one.told(1.1, 0, "grandparent")
+    assert one.received(10, 1.15) is None  # before any answer can be here
+    assert one.failed(2.5, "gone") == Fetch("grandparent", 10)
+
+
+def test_how_long_a_source_had_none_itself_says_nothing_of_its_rate() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    assert one.tick(1.0, RATE) == Probe("parent")
+    assert one.told(1.1, 0, "grandparent") == Probe("grandparent")
+    # The grandparent is dead; the parent finds another source at 2.9.
+    assert one.received(int(RATE), 2.9) is None
+    assert one.tick(3.0, RATE) is None
+    assert one.received(int(RATE), 3.9) is None
+    assert one.tick(4.0, RATE) is None
+    assert flow(one, 4.0, 20, RATE) is None
+    assert one.source == "parent"
+
+
+def at_the_verdict(pace: float) -> tuple[SourceChoice, Action | None]:
+    """Ask a source that is at `pace` otherwise, and whose own source has more than it."""
+    one = choice("parent", "grandparent", "other")
+    one.begin(0.0)
+    flow(one, 0.0, 5, RATE / 5)
+    assert one.told(2.1, one.position, "grandparent", pace=pace) == Probe("grandparent")
+    return one, one.told(2.2, one.position + 1, "root", pace=RATE)
+
+
+def test_a_source_that_is_quick_otherwise_is_waited_for_to_leave_its_slow_one() -> None:
+    one, action = at_the_verdict(RATE)
+    assert action is None
+    assert one.is_starved
+    # And who is slow further up is no better than it.
+    assert one.failed(2.5, "gone") == Fetch("other", one.position)
+
+
+def test_a_source_that_is_slow_with_everybody_is_left() -> None:
+    one, action = at_the_verdict(RATE / 5)
+    assert action == Fetch("grandparent", one.position)
+    assert [(report.source, report.kind) for report in one.reports] == [("parent", "slow")]
+
+
+def test_a_slow_source_that_blames_nobody_is_left_however_far_up_the_bytes_are() -> None:
+    one = choice("parent", "other")
+    one.begin(0.0)
+    flow(one, 0.0, 5, RATE / 5)
+    position = one.position
+    assert one.told(2.1, position, "grandparent", pace=RATE / 5) == Probe("grandparent")
+    assert one.told(2.2, position, "root", pace=RATE / 5) == Probe("root")
+    assert one.told(2.3, position + 1, ORIGIN, pace=RATE) == Fetch("other", position)
+
+
 def test_nodes_that_wait_for_each_other_are_not_asked_for_ever() -> None:
     one = choice("parent")
     one.begin(0.0)
