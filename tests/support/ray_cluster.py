@@ -74,15 +74,16 @@ class RayCluster:
 
     def start(self) -> None:
         kept = {key: os.environ[key] for key in ("PATH", "LANG", "HOME") if key in os.environ}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.ray_cluster_host"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=(self.folder / "cluster.log").open("wb"),
-            text=True,
-            cwd=REPOSITORY,
-            env={**kept, **self.environment},
-        )
+        with (self.folder / "cluster.log").open("wb") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "tests.support.ray_cluster_host"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                cwd=REPOSITORY,
+                env={**kept, **self.environment},
+            )
         names, self.names = self.names, []
         for name in names:
             self.add(name)
