@@ -2,13 +2,15 @@
 
 Invariant: at most ``_DEPTH`` chunks wait for each consumer; the hash covers exactly the chunks that
 were handed out, to the end of the stream; when the pump is closed, both threads have ended: a
-``read`` in flight is waited for, so that a pump that is closed early asks its source to hurry.
+``read`` in flight is waited for, so that a pump that is closed early asks its source to hurry. A
+layer that ends within its first ``_ALONE`` bytes has no threads: the caller does it all.
 """
 
 from __future__ import annotations
 
 import hashlib
 import threading
+from itertools import repeat
 from queue import SimpleQueue
 from typing import TYPE_CHECKING, Self
 
@@ -21,7 +23,8 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.limits import LayerLimits
 
-_DEPTH = 8
+_DEPTH = 16
+_ALONE = 512 << 10
 
 
 class _Lane:
@@ -29,22 +32,26 @@ class _Lane:
 
     def __init__(self) -> None:
         self._chunks: SimpleQueue[bytes] = SimpleQueue()
-        self._room = threading.Semaphore(_DEPTH)
+        # A token for each chunk that there is room for: a queue in C, where Semaphore is Python.
+        self._room: SimpleQueue[None] = SimpleQueue()
+        for token in repeat(None, _DEPTH):
+            self._room.put(token)
 
     def put(self, chunk: bytes) -> None:
-        self._room.acquire()
+        self._room.get()
         self._chunks.put(chunk)
 
     def get(self) -> bytes:
         chunk = self._chunks.get()
-        self._room.release()
+        self._room.put(None)
         return chunk
 
     def give_up(self) -> None:
         """Free the writer, and end the stream for the reader."""
         # The writer sees that the pump is closed before its next chunk: it puts one more here at
-        # most. (A large count costs: Semaphore.release notifies that many times in a loop.)
-        self._room.release(2)
+        # most.
+        self._room.put(None)
+        self._room.put(None)
         self._chunks.put(b"")
 
 
@@ -73,14 +80,9 @@ class ChunkPump:
         self._hasher = hashlib.new(algorithm)
         self._to_caller = _Lane()
         self._to_hasher = _Lane()
-        self._threads = [
-            threading.Thread(target=self._fetch, name="layer-read", daemon=True),
-            threading.Thread(target=self._hash, name="layer-hash", daemon=True),
-        ]
+        self._threads: list[threading.Thread] = []
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -95,7 +97,12 @@ class ChunkPump:
 
     def next(self) -> bytes:
         """Return the next chunk, ``b""`` at the end; raise what reading or decompressing raised."""
-        chunk = b"" if self._ended else self._to_caller.get()
+        if self._ended:
+            chunk = b""
+        elif self._threads:
+            chunk = self._to_caller.get()
+        else:
+            chunk = self._next_alone()
         self._ended = not chunk
         if chunk:
             self.size += len(chunk)
@@ -107,14 +114,32 @@ class ChunkPump:
 
     def digest(self) -> Digest:
         """Return the digest of the stream; the caller has seen its end."""
-        self._threads[1].join()
+        if self._threads:
+            self._threads[1].join()
         return Digest(f"{self._algorithm}:{self._hasher.hexdigest()}")
+
+    def _next_alone(self) -> bytes:
+        """Do what the threads would; start them when the layer turns out to be worth it."""
+        self._check_cancelled()
+        chunk = self._read()
+        self._hasher.update(chunk)
+        if chunk and self.size + len(chunk) >= _ALONE:
+            self._threads = [
+                threading.Thread(target=self._fetch, name="layer-read", daemon=True),
+                threading.Thread(target=self._hash, name="layer-hash", daemon=True),
+            ]
+            for thread in self._threads:
+                thread.start()
+        return chunk
+
+    def _check_cancelled(self) -> None:
+        if self._cancelled is not None and self._cancelled():
+            raise CancelledError("staging a layer")
 
     def _fetch(self) -> None:
         try:
             while not self._closed:
-                if self._cancelled is not None and self._cancelled():
-                    raise CancelledError("staging a layer")
+                self._check_cancelled()
                 chunk = self._read()
                 self._to_hasher.put(chunk)
                 self._to_caller.put(chunk)

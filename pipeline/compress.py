@@ -31,7 +31,7 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 SKIPPABLE_MAGIC = b"\x2a\x4d\x18"
 MAGIC_SIZE = 4
 
-CHUNK = 256 << 10
+CHUNK = 512 << 10
 # Output of tiny frames is gathered up to this size before it is handed on.
 SMALL_CHUNK = 64 << 10
 # Windows of input grow from the small to the large one within a frame: what lies behind the end of
