@@ -77,6 +77,8 @@ class ActorCrew:
     blob that was fetched, with all that gave bytes of it.
     """
 
+    commits_in_order = False
+
     def __init__(
         self,
         pools: Pools,

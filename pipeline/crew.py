@@ -1,13 +1,17 @@
 """The local crew: fetch threads and staging processes of this machine.
 
 Invariant: steps start in the order in which they were submitted; there are at least as many fetch
-slots as staging slots, so that a stage never holds a worker for a fetch that has not begun.
+slots as staging slots, so that a stage never holds a worker for a fetch that has not begun. The
+commits of one pull are carried out in the order in which they came, each after the one before it
+has ended well.
 """
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakKeyDictionary
 
 from stowray.pipeline.run import Outcome
 from stowray.pipeline.workers import WorkerPool
@@ -15,6 +19,7 @@ from stowray.pipeline.workers import WorkerPool
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from stowray.pipeline.digest import Digest
     from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Image
     from stowray.pipeline.plan import Step
@@ -24,7 +29,15 @@ if TYPE_CHECKING:
 
 
 class Crew(Protocol):
-    """Those who carry out the steps of plans; an engine has one."""
+    """Those who carry out the steps of plans; an engine has one.
+
+    ``commits_in_order`` is what :func:`stowray.pipeline.run.run_plan` wants to know of ``submit``.
+    """
+
+    @property
+    def commits_in_order(self) -> bool:
+        """Return whether commits of one pull may be submitted before those below are done."""
+        return False
 
     def start_early(self) -> None:
         """Start what is slow to start, before it is needed."""
@@ -46,11 +59,14 @@ class Crew(Protocol):
 class LocalCrew:
     """Carries out the steps of any number of pulls on this machine."""
 
+    commits_in_order = True
+
     def __init__(self, settings: Settings, store: Store, *, fork_workers: bool = False) -> None:
         self._settings = settings
         self._store = store
         self._workers = WorkerPool(settings.worker_count(), fork=fork_workers)
         self._fetchers: ThreadPoolExecutor | None = None
+        self._commits = _Commits(settings, store, self._workers)
 
     def start_early(self) -> None:
         """Start the worker processes before they are needed, while that is cheap."""
@@ -70,7 +86,9 @@ class LocalCrew:
                 slots = max(self._settings.registry.connections, self._workers.size)
                 self._fetchers = ThreadPoolExecutor(slots, thread_name_prefix="fetch")
             return self._fetchers.submit(_fetch, fetcher, step, image, report, cancelled)
-        return self._unpack(step, report, cancelled)
+        if step.kind == "commit":
+            return self._commits.submit(step, report, cancelled)
+        return self._stage(step, report, cancelled)
 
     def close(self) -> None:
         """End all threads and processes of the crew."""
@@ -78,23 +96,13 @@ class LocalCrew:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
 
-    def _unpack(self, step: Step, report: Report, cancelled: Callable[[], bool]) -> Future[Outcome]:
-        descriptor = step.descriptor
-        layer = str(descriptor.digest)
-        if step.kind == "stage":
-            kind, id, final = "layer", layer, "applied"
-            report(kind, id, "waiting", 0, descriptor.size)
-        else:
-            kind, id, final = "commit", str(step.chain_id), "committed"
-
-        def on_progress(current: int, total: int) -> None:
-            if step.kind == "stage":
-                report(kind, id, "applying", current, total)
-
+    def _stage(self, step: Step, report: Report, cancelled: Callable[[], bool]) -> Future[Outcome]:
+        layer, size = str(step.descriptor.digest), step.descriptor.size
+        report("layer", layer, "waiting", 0, size)
         inner = self._workers.submit(
-            step.kind,
+            "stage",
             unpack_arguments(self._settings, self._store, step),
-            on_progress=on_progress,
+            on_progress=lambda current, total: report("layer", layer, "applying", current, total),
             cancelled=cancelled,
         )
         outer: Future[Outcome] = Future()
@@ -105,12 +113,97 @@ class LocalCrew:
             if error is not None:
                 outer.set_exception(error)
                 return
-            size = descriptor.size if step.kind == "stage" else 0
-            report(kind, id, final, size, size)
+            report("layer", layer, "applied", size, size)
             outer.set_result(Outcome(**done.result()))
 
         inner.add_done_callback(finish)
         return outer
+
+
+class _Commit:
+    """A commit on its way, and whom to tell."""
+
+    def __init__(self, step: Step, report: Report) -> None:
+        self.step = step
+        self.report = report
+        self.future: Future[Outcome] = Future()
+        self.future.set_running_or_notify_cancel()
+
+
+class _Lane:
+    """The commits of one pull: who waits, and (by chain ID) what failed and was not tried again."""
+
+    def __init__(self) -> None:
+        self.waiting: list[_Commit] = []
+        self.is_busy = False
+        self.failed: dict[Digest | None, BaseException] = {}
+
+
+class _Commits:
+    """Carries commits out in the order in which they come, as many in one task as are waiting.
+
+    The commit of a small layer takes less time than handing it to a worker and hearing of its end.
+    Pulls are told apart by their ``cancelled``.
+    """
+
+    def __init__(self, settings: Settings, store: Store, workers: WorkerPool) -> None:
+        self._settings = settings
+        self._store = store
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._lanes: WeakKeyDictionary[Callable[[], bool], _Lane] = WeakKeyDictionary()
+
+    def submit(self, step: Step, report: Report, cancelled: Callable[[], bool]) -> Future[Outcome]:
+        """Queue a commit behind the others of its pull."""
+        commit = _Commit(step, report)
+        with self._lock:
+            lane = self._lanes.setdefault(cancelled, _Lane())
+            lane.failed.pop(step.chain_id, None)
+            broken = lane.failed.get(step.parent)
+            if broken is not None:
+                # Sent before it was known that there will be nothing for it to stand on.
+                lane.failed[step.chain_id] = broken
+                commit.future.set_exception(broken)
+                return commit.future
+            lane.waiting.append(commit)
+        self._go_on(lane, cancelled)
+        return commit.future
+
+    def _go_on(self, lane: _Lane, cancelled: Callable[[], bool]) -> None:
+        with self._lock:
+            if lane.is_busy or not lane.waiting:
+                return
+            batch, lane.waiting = lane.waiting, []
+            lane.is_busy = True
+        steps = [unpack_arguments(self._settings, self._store, commit.step) for commit in batch]
+        task = self._workers.submit(
+            "commits", {"steps": steps}, on_progress=lambda *_: None, cancelled=cancelled
+        )
+        task.add_done_callback(lambda done: self._finish(lane, batch, cancelled, done))
+
+    def _finish(
+        self,
+        lane: _Lane,
+        batch: list[_Commit],
+        cancelled: Callable[[], bool],
+        done: Future[dict[str, Any]],
+    ) -> None:
+        error = done.exception()
+        if error is None:
+            for commit, result in zip(batch, done.result()["results"], strict=True):
+                commit.report("commit", str(commit.step.chain_id), "committed", 0, 0)
+                commit.future.set_result(Outcome(**result))
+            with self._lock:
+                lane.is_busy = False
+        else:
+            with self._lock:
+                batch += lane.waiting
+                lane.waiting = []
+                lane.failed.update((commit.step.chain_id, error) for commit in batch)
+                lane.is_busy = False
+            for commit in batch:
+                commit.future.set_exception(error)
+        self._go_on(lane, cancelled)
 
 
 def unpack_arguments(settings: Settings, store: Store, step: Step) -> dict[str, Any]:

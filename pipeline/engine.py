@@ -348,7 +348,7 @@ class LocalEngine:
         def submit(step: Step, cancelled: Callable[[], bool]) -> Future[Outcome]:
             return crew.submit(step, image, fetcher, report, cancelled)
 
-        return run_plan(plan, submit, cancelled)
+        return run_plan(plan, submit, cancelled, commits_in_order=crew.commits_in_order)
 
     def _warn(self, text: str) -> None:
         if self.on_warning is not None:

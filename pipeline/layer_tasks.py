@@ -62,6 +62,16 @@ def prove_diff_id(
     raise NodeError(f"layer {diff_id}", f"wrong bytes arrived {TRIES} times in a row")
 
 
+def preload() -> None:
+    """Import what the first task is going to need."""
+    import isal.igzip  # noqa: F401
+
+    import stowray.pipeline.follower
+    import stowray.pipeline.layer
+    import stowray.pipeline.overlay
+    import stowray.pipeline.removal  # noqa: F401
+
+
 class LayerTasks:
     """Carries out tasks; keeps the stores that it has opened."""
 
@@ -75,7 +85,13 @@ class LayerTasks:
         on_progress: Callable[[int, int], None],
         cancelled: Callable[[], bool],
     ) -> dict[str, Any]:
-        """Carry out ``stage`` or ``commit``; see :func:`stowray.pipeline.crew.unpack_arguments`."""
+        """Carry out ``stage`` or ``commit``; see :func:`stowray.pipeline.crew.unpack_arguments`.
+
+        ``commits`` is several commits one after the other, up to the first that fails.
+        """
+        if operation == "commits":
+            steps = arguments["steps"]
+            return {"results": [self.run("commit", one, on_progress, cancelled) for one in steps]}
         begun = time.perf_counter()
         store, snapshots = self._open(arguments)
         digest, size = Digest(arguments["digest"]), int(arguments["size"])
@@ -127,7 +143,7 @@ class LayerTasks:
             )
             existed, unpacked = False, snapshot.unpacked_size
         else:
-            raise UsageError(operation, "a worker knows only stage and commit")
+            raise UsageError(operation, "a worker knows only stage, commit and commits")
         return {
             "seconds": time.perf_counter() - begun,
             "unpacked_size": unpacked,

@@ -3,19 +3,20 @@
 Invariant: a step is submitted once its ``needs`` are done and its ``follows`` was submitted; the
 first failure cancels what is still under way and is the one that is raised; a step lost with a
 dead worker is submitted again, a bounded number of times. Where a step runs (threads and processes
-of this machine, or actors) is the business of ``submit``; the walk is the same for all.
+of this machine, or actors) is the business of ``submit``; the walk is the same for all. What one
+finished step costs the walk does not depend on the number of steps.
 """
 
 from __future__ import annotations
 
 import queue
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from stowray.pipeline.errors import CancelledError, NodeError, StowrayError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
     from concurrent.futures import Future
 
     from stowray.pipeline.plan import Plan, Step
@@ -50,42 +51,68 @@ class Submit(Protocol):
         """
 
 
-@dataclass(slots=True)
 class _Walk:
-    waiting: dict[str, Step]
-    submitted: set[str] = field(default_factory=set)
-    outcomes: dict[str, Outcome] = field(default_factory=dict)
-    tries: dict[str, int] = field(default_factory=dict)
-    failure: StowrayError | None = None
+    """Where a walk stands; ``next_steps`` names those that a step's end or start may free."""
+
+    def __init__(self, plan: Plan, *, commits_in_order: bool) -> None:
+        self.waiting = {step.id: step for step in plan.steps}
+        self.submitted: set[str] = set()
+        self.outcomes: dict[str, Outcome] = {}
+        self.tries: dict[str, int] = {}
+        self.failure: StowrayError | None = None
+        self.next_steps: dict[str, list[Step]] = {}
+        self._commits_in_order = commits_in_order
+        for step in plan.steps:
+            for other in step.needs if step.follows is None else (*step.needs, step.follows):
+                self.next_steps.setdefault(other, []).append(step)
+
+    def is_ready(self, step: Step) -> bool:
+        """Return whether a waiting step may be submitted now."""
+        if step.follows is not None and step.follows not in self.submitted:
+            return False
+        return all(need in self.outcomes or self._is_ahead(step, need) for need in step.needs)
+
+    def _is_ahead(self, step: Step, need: str) -> bool:
+        """Return whether ``need`` is a commit that will be done before ``step`` is begun."""
+        return (
+            self._commits_in_order
+            and step.kind == "commit"
+            and need.startswith("commit:")
+            and need in self.submitted
+        )
 
 
 def run_plan(
     plan: Plan,
     submit: Submit,
     cancelled: Callable[[], bool] = lambda: False,
+    *,
+    commits_in_order: bool = False,
 ) -> dict[str, Outcome]:
     """Carry ``plan`` out through ``submit`` and return the outcome of each step by its ID.
 
     Blocks until every submitted step has ended, also after a failure or a cancellation, so that
     nothing works on after the caller has gone on. Raises the first failure, or CancelledError.
+    ``commits_in_order`` says that ``submit`` carries commits out in the order in which it gets
+    them, each after the one before it has ended well: then a commit is submitted as soon as only
+    commits that were submitted stand before it.
     """
-    walk = _Walk(waiting={step.id: step for step in plan.steps})
+    walk = _Walk(plan, commits_in_order=commits_in_order)
     finished: queue.SimpleQueue[tuple[Step, Future[Outcome]]] = queue.SimpleQueue()
     running = 0
+    candidates = plan.steps
 
     def stop() -> bool:
         return walk.failure is not None or cancelled()
 
     def start(step: Step) -> None:
-        walk.submitted.add(step.id)
         walk.tries[step.id] = walk.tries.get(step.id, 0) + 1
         future = submit(step, stop)
         future.add_done_callback(lambda done: finished.put((step, done)))
 
     while True:
-        if not stop():
-            for step in _ready(walk):
-                del walk.waiting[step.id]
+        if candidates and not stop():
+            for step in _take_ready(walk, candidates):
                 start(step)
                 running += 1
         if running == 0:
@@ -95,7 +122,7 @@ def run_plan(
         except queue.Empty:
             continue
         running -= 1
-        _settle(walk, step, future)
+        candidates = _settle(walk, step, future)
     if walk.failure is not None:
         raise walk.failure
     if walk.waiting:
@@ -103,36 +130,40 @@ def run_plan(
     return walk.outcomes
 
 
-def _ready(walk: _Walk) -> list[Step]:
-    ready = []
-    # In plan order; a stage may start in the same round as the fetch that it follows.
-    started = set(walk.submitted)
-    for step in walk.waiting.values():
-        if step.follows is not None and step.follows not in started:
-            continue
-        if all(need in walk.outcomes for need in step.needs):
+def _take_ready(walk: _Walk, candidates: Sequence[Step]) -> list[Step]:
+    """Return what may be submitted now, in plan order, and count it as submitted."""
+    ready: list[Step] = []
+    # A stage may start in the same round as the fetch that it follows.
+    pending = list(candidates)
+    for step in pending:
+        if step.id in walk.waiting and walk.is_ready(step):
+            del walk.waiting[step.id]
+            walk.submitted.add(step.id)
             ready.append(step)
-            started.add(step.id)
+            pending += walk.next_steps.get(step.id, ())
     return ready
 
 
-def _settle(walk: _Walk, step: Step, future: Future[Outcome]) -> None:
+def _settle(walk: _Walk, step: Step, future: Future[Outcome]) -> tuple[Step, ...]:
+    """Note how a step ended; return the steps that may be ready by it."""
     if future.cancelled():
         if walk.failure is None:
             walk.failure = CancelledError(step.id)
-        return
+        return ()
     error = future.exception()
     if error is None:
         walk.outcomes[step.id] = future.result()
-        return
+        return tuple(walk.next_steps.get(step.id, ()))
     if isinstance(error, NodeError) and walk.failure is None and walk.tries[step.id] < LOST_TRIES:
         # The worker died with the step: every step is idempotent, so another member repeats it.
         walk.waiting[step.id] = step
-        return
+        walk.submitted.discard(step.id)
+        return (step,)
     if not isinstance(error, StowrayError):
         raise error
     if walk.failure is None or _is_consequence(walk.failure, error):
         walk.failure = error
+    return ()
 
 
 def _is_consequence(known: StowrayError, error: StowrayError) -> bool:

@@ -132,6 +132,7 @@ class Snapshots:
         self.directory = store.path / "snapshots"
         # Links that a commit of this object has seen; a chain ID names one content for ever.
         self._seen: dict[Digest, Snapshot] = {}
+        self._places: dict[str, Path] = {}
 
     def stage(
         self,
@@ -368,15 +369,18 @@ class Snapshots:
         Whoever commits holds a lease on the whole chain and has just found its top, so that links
         seen before are there: reading all of them again for each of n layers takes n² reads.
         """
-        layers: dict[str, None] = {}
+        layers: dict[str, Path] = {}
         current = parent
         while current is not None:
             link = self._seen.get(current)
             if link is None:
                 link = self._seen[current] = self.get(current)
-            layers[link.layer] = None
+            place = self._places.get(link.layer)
+            if place is None:
+                place = self._places[link.layer] = self.trees.tree(link.layer)
+            layers[link.layer] = place
             current = link.parent
-        return [self.trees.tree(layer) for layer in layers]
+        return [*layers.values()]
 
     def _find(self, chain_id: Digest) -> Snapshot | None:
         snapshot = self._read(self._path(chain_id), trusted=True)

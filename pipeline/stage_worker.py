@@ -83,9 +83,11 @@ def serve(connection: socket.socket) -> None:
     # quickly after each chunk, and the default interval of 5 ms is longer than a chunk takes.
     sys.setswitchinterval(0.0005)
     owner = _Owner(connection)
-    from stowray.pipeline.layer_tasks import LayerTasks
+    from stowray.pipeline.layer_tasks import LayerTasks, preload
 
     tasks = LayerTasks()
+    # While the owner is still asking the registry what there is to do.
+    preload()
     while True:
         identity, operation, arguments = owner.take()
         _carry_out(owner, tasks, identity, operation, arguments)

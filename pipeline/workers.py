@@ -12,6 +12,7 @@ import contextlib
 import itertools
 import os
 import queue
+import select
 import signal
 import socket
 import sys
@@ -55,18 +56,25 @@ class _Worker:
         else:
             self.pid = _start_by_fork([*fork_beside, ours], theirs)
         theirs.close()
-        self._send_lock = threading.Lock()
 
     def run(self, identity: int, task: _Task) -> dict[str, Any]:
         """Carry out one task; raises what the worker raised, NodeError when it died."""
-        stop = threading.Event()
-        canceller = threading.Thread(
-            target=self._watch_cancel, args=(identity, task.cancelled, stop), daemon=True
-        )
+        poller = select.poll()
+        poller.register(self.connection, select.POLLIN)
+        told = False
+        looked = time.monotonic()
         try:
-            self._send(["run", identity, task.operation, task.arguments])
-            canceller.start()
+            send_frame(self.connection, ["run", identity, task.operation, task.arguments])
             while True:
+                arrived = poller.poll(CANCEL_POLL_SECONDS * 1000)
+                now = time.monotonic()
+                if not told and now - looked >= CANCEL_POLL_SECONDS:
+                    looked = now
+                    if task.cancelled():
+                        told = True
+                        send_frame(self.connection, ["cancel", identity])
+                if not arrived:
+                    continue
                 message = receive_frame(self.connection)
                 if message is None:
                     raise NodeError(f"worker {self.number}", "the process ended in mid-work")
@@ -82,8 +90,6 @@ class _Worker:
                     raise from_wire(*rest)
         except OSError as error:
             raise NodeError(f"worker {self.number}", f"connection lost: {error}") from error
-        finally:
-            stop.set()
 
     def end(self) -> None:
         """Close the connection, upon which the process ends, and reap it."""
@@ -103,19 +109,6 @@ class _Worker:
                     os.kill(self.pid, signal.SIGKILL)
                 deadline = float("inf")
             time.sleep(0.002)
-
-    def _send(self, message: Any) -> None:
-        with self._send_lock:
-            send_frame(self.connection, message)
-
-    def _watch_cancel(
-        self, identity: int, cancelled: Callable[[], bool], stop: threading.Event
-    ) -> None:
-        while not stop.wait(CANCEL_POLL_SECONDS):
-            if cancelled():
-                with contextlib.suppress(OSError):
-                    self._send(["cancel", identity])
-                return
 
 
 class WorkerPool:
