@@ -225,6 +225,7 @@ class ActorCrew:
             "digest": str(step.descriptor.digest),
             "size": step.descriptor.size,
             "seconds": reply["outcome"]["seconds"],
+            "ended": time.time(),
         }
         self._ways.append(way | reply.get("way", {}))
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors.connect import connect
+from stowray.actors.follow import Follower
 from stowray.actors.headwatch import HeadWatch
 from stowray.actors.processes import Process
 from stowray.actors.wire import (
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
     from stowray.pipeline.store import Store
 
 TRIES = 3
-POLL_SECONDS = 1.0
 RESTART_SECONDS = 1.0
 # Members have three seconds to stop and are ended then; Ctrl-C has five.
 CANCEL_SECONDS = 4.5
@@ -190,7 +190,7 @@ class RayEngine(LocalEngine):
             "driver": Process.own().to_dict() if link.is_session else None,
             "spread": None,
         }
-        follower = _Follower(link.progress, run, self.progress)
+        follower = Follower(link.progress, run, self.progress)
         try:
             reply = self._ask(
                 link,
@@ -323,37 +323,3 @@ class _Wait:
         if not self.is_given_up:
             self._given_up_at = time.monotonic()
             self._actor.cancel.remote(self._run)
-
-
-class _Follower:
-    """Takes a run's events over from the ProgressActor while the run goes on."""
-
-    def __init__(self, actor: Any, run: str, progress: Progress) -> None:
-        self._actor = actor
-        self._run = run
-        self._progress = progress
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop following; the result brings what is still missing."""
-        self._closed.set()
-        self._actor.close.remote(self._run)
-        self._thread.join(POLL_SECONDS)
-
-    def _follow(self) -> None:
-        from stowray.actors import cluster, frames
-
-        version = 0
-        while not self._closed.is_set():
-            call = self._actor.poll.remote(self._run, version, POLL_SECONDS)
-            try:
-                version, frame, is_closed = cluster.wait(call, "progress", seconds=30.0)
-            except NodeError:
-                # Losing the ProgressActor fails nothing: the display waits for the result.
-                return
-            for event in frames.unpack(frame):
-                self._progress.merge(event)
-            if is_closed:
-                return

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from stowray.actors.engines import Engines
-from stowray.actors.reporting import task_report
+from stowray.actors.reporting import FirstByte, task_report
 from stowray.actors.spread_fetchers import SpreadFetchers
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.descriptor import Descriptor
@@ -47,10 +47,11 @@ class FetchActor:
             fetcher: Fetcher | SpreadFetcher = engine.fetcher(source)
             if task["spread"] is not None:
                 fetcher = self._spreads.get(task, engine, source)
+            watch = FirstByte(told.report)
             fetched = fetcher.fetch(
                 source,
                 Descriptor.from_dict(task["descriptor"]),
-                report=told.report,
+                report=watch,
                 cancelled=cancelled,
             )
         return {
@@ -60,6 +61,8 @@ class FetchActor:
                 "seconds": fetched.seconds,
             },
             "way": {
+                "started": watch.started,
+                "first_byte": watch.first_byte,
                 "by_source": dict(fetched.by_source),
                 "remarks": [asdict(remark) for remark in fetched.remarks],
             },

@@ -17,6 +17,8 @@ from stowray.pipeline.errors import NodeError, StowrayError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import ray
+
 PROBE_SECONDS = 60.0
 
 
@@ -38,9 +40,14 @@ class NodeReport:
     error: str = ""
 
 
+def ask(node_id: str) -> ray.ObjectRef[dict[str, Any]]:
+    """Begin to ask one node; the answer has the fields of a :class:`NodeReport`."""
+    return cluster.ask_by_value(_look, node_id)
+
+
 def probe_nodes(node_ids: Sequence[str], addresses: Sequence[str]) -> list[NodeReport]:
     """Ask each node what it has; one that does not answer in time bears an ``error``."""
-    calls = [(node_id, cluster.ask_by_value(_look, node_id)) for node_id in node_ids]
+    calls = [(node_id, ask(node_id)) for node_id in node_ids]
     reports = []
     for (node_id, call), address in zip(calls, addresses, strict=True):
         try:

@@ -6,6 +6,7 @@ frame that is lost or late changes nothing.
 
 from __future__ import annotations
 
+import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,28 @@ class TaskReport:
     def final_events(self) -> list[dict[str, Any]]:
         """Return the last state of everything reported, as plain data."""
         return [event.to_dict() for event in self._progress.events()]
+
+
+class FirstByte:
+    """Passes reports on and notes when the first byte came; wall-clock seconds, 0.0: not yet."""
+
+    def __init__(self, report: Report) -> None:
+        self.started = time.time()
+        self.first_byte = 0.0
+        self._report = report
+        self._least = -1
+
+    def __call__(
+        self, kind: str, id: str, status: str, current: int = 0, total: int = 0, error: str = ""
+    ) -> None:
+        """Report; see :class:`Report`."""
+        if kind == "blob" and not self.first_byte:
+            if 0 <= self._least < current:
+                self.first_byte = time.time()
+            elif status == "downloading":
+                # What an earlier run left is there before any source was asked.
+                self._least = current
+        self._report(kind, id, status, current, total, error)
 
 
 @contextmanager

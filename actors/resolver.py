@@ -32,7 +32,7 @@ class ResolverActor:
 
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return ``{image, requests, documents, events}`` or ``{error, events}``."""
+        """Return ``{image, requests, documents, quota, events}`` or ``{error, events}``."""
         engine = self._engines.get(request)
         source = source_from_dict(request["source"])
         options = options_from_dict(request["options"])
@@ -42,7 +42,9 @@ class ResolverActor:
         try:
             with self._tasks.running(request["run"]) as cancelled:
                 image, requests = engine.image_for(source, options, report, cancelled)
+            quota = engine.quota(source)
             reply = {
+                "quota": None if quota is None else quota.to_dict(),
                 "image": image.to_dict(),
                 "requests": requests,
                 "documents": documents_of(engine.store, image),

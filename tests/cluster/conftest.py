@@ -8,7 +8,7 @@ import gc
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -19,6 +19,8 @@ from stowray.actors.embedded import embedded_ray
 from stowray.actors.engine import RayEngine
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.settings import RegistrySettings, Settings, UnpackSettings
+from tests.cluster.prewarm import Driver
+from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.registry import FakeRegistry
 
 if TYPE_CHECKING:
@@ -84,3 +86,30 @@ def until() -> Callable[[Callable[[], bool]], None]:
             time.sleep(0.01)
 
     return wait
+
+
+@pytest.fixture(scope="session")
+def four_nodes(fast_tmp: Path) -> Iterator[RayCluster]:
+    """A cluster of n0 (the head) to n3; what a test takes away it brings back."""
+    folder = fast_tmp / "four-nodes"
+    folder.mkdir()
+    names = ["n0", "n1", "n2", "n3"]
+    # Ray gives up a silent node after 5 s here instead of 15.
+    system = {"health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+    with ray_cluster(folder, names, system=system) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def drive(four_nodes: RayCluster, workspace: Path) -> Iterator[Callable[..., Driver]]:
+    """Begin a pre-warm of the four nodes, their stores in this test's folder."""
+    drivers: list[Driver] = []
+
+    def begin(*references: str, variables: dict[str, str] | None = None, **wanted: Any) -> Driver:
+        told = {"references": references, **wanted}
+        drivers.append(Driver(four_nodes, workspace, told, **(variables or {})))
+        return drivers[-1]
+
+    yield begin
+    for driver in drivers:
+        driver.end()

@@ -1,0 +1,51 @@
+"""Takes a run's events over from its ProgressActor, on a thread of its own.
+
+Invariant: losing the ProgressActor fails nothing; whoever waits for the run's results gets the
+final events with them.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from stowray.pipeline.errors import StowrayError
+
+if TYPE_CHECKING:
+    from stowray.pipeline.progress import Progress
+
+POLL_SECONDS = 1.0
+
+
+class Follower:
+    """Takes a run's events over from the ProgressActor while the run goes on."""
+
+    def __init__(self, actor: Any, run: str, progress: Progress) -> None:
+        self._actor = actor
+        self._run = run
+        self._progress = progress
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop following; the result brings what is still missing."""
+        self._closed.set()
+        self._actor.close.remote(self._run)
+        self._thread.join(POLL_SECONDS)
+
+    def _follow(self) -> None:
+        from stowray.actors import cluster, frames
+
+        version = 0
+        while not self._closed.is_set():
+            call = self._actor.poll.remote(self._run, version, POLL_SECONDS)
+            try:
+                version, frame, is_closed = cluster.wait(call, "progress", seconds=30.0)
+            except StowrayError:
+                # Losing the ProgressActor fails nothing: the display waits for the result.
+                return
+            for event in frames.unpack(frame):
+                self._progress.merge(event)
+            if is_closed:
+                return

@@ -1,0 +1,368 @@
+"""One node of a pre-warm run, as the driver drives it.
+
+Invariant: no call to a node is waited for longer than its deadline or the node's life; an actor
+that dies is started anew and goes on where it was, a bounded number of times; a cell is fine only
+when the node has looked on its disk after the work.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stowray.actors import cluster
+from stowray.actors.node_run import begin_request
+from stowray.actors.wire import options_to_dict, settings_to_dict
+from stowray.pipeline.engine import PullOptions
+from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, describe, from_wire
+from stowray.pipeline.platform import Platform
+from stowray.pipeline.prewarm_report import Delivery
+from stowray.pipeline.prewarm_survey import NodeSurvey
+from stowray.pipeline.progress import Event
+from stowray.pipeline.spread import NodeState, Part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from stowray.actors.prewarm_images import RunImage
+    from stowray.actors.prewarm_state import RunState
+    from stowray.pipeline.prewarm_plan import PrewarmPlan
+    from stowray.pipeline.progress import Progress
+    from stowray.pipeline.settings import Settings
+
+# An actor's first answer: its process has to start, import Ray and us, and open the store.
+BEGIN_SECONDS = 90.0
+ACCEPT_SECONDS = 30.0
+LOOK_SECONDS = 300.0
+END_SECONDS = 1.0
+RETRY_SECONDS = 1.0
+# In the plan's order on every node: so whoever waits for a peer's blob waits for one that the peer
+# will come to.
+IMAGES_AT_ONCE = 4
+
+
+@dataclass(slots=True)
+class RunContext:
+    """What all nodes of a run share; credentials only ever leave here as arguments of calls."""
+
+    run: str
+    token: str
+    plan: PrewarmPlan
+    settings: Settings
+    environment: Mapping[str, str]
+    state: RunState
+    progress: Progress
+    resolver: Any
+    board: Any
+    nodes: int = 1
+
+
+class RunNode:
+    """A node by its ``name`` and Ray's ``node_id``; ``host`` is the address that it serves at."""
+
+    def __init__(
+        self, context: RunContext, *, name: str, node_id: str, host: str, unpackers: int
+    ) -> None:
+        self.name = name
+        self.node_id = node_id
+        self.address = ""
+        self.platform = Platform.host()
+        self.nonce = ""
+        self.shares_with = ""
+        self.images: list[RunImage] = []
+        self.survey = NodeSurvey(name)
+        self.finished = asyncio.Event()
+        self.is_serving = False
+        self._context = context
+        self._host = host
+        self._unpackers = unpackers
+        self._actor: Any = None
+        self._network = ""
+        self._ahead = 0.0
+        self._part = Part(name)
+        self._digests: list[str] = []
+        self._life = 0
+        self._reviving = asyncio.Lock()
+        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._reason = ""
+        self._pulls: dict[str, str] = {}
+        self._numbers = 0
+
+    # -- life -------------------------------------------------------------------------------------
+
+    @property
+    def is_dead(self) -> bool:
+        """Return whether the node is gone."""
+        return self._death.done()
+
+    def die(self, reason: str) -> None:
+        """Note that the node is gone: nothing is waited for any more."""
+        if not self._death.done():
+            self._reason = reason
+            self._death.set_result(None)
+        self.is_serving = False
+        self.finished.set()
+
+    async def begin(self) -> None:
+        """Start the actor and have it open and serve its store; raises what kept it from that."""
+        for tried in range(1, self._context.plan.failure.tries + 1):
+            try:
+                await self._begin()
+            except StowrayError as error:
+                if tried == self._context.plan.failure.tries or not cluster.is_lost(error):
+                    raise
+            else:
+                return
+
+    async def _begin(self) -> None:
+        context = self._context
+        if self._actor is not None:
+            cluster.end(self._actor)
+        place = cluster.Placement(self.node_id)
+        self._actor = cluster.start_node(place, self.name, self._unpackers, stays=False, lazy=True)
+        settings = settings_to_dict(context.settings) | {"node": self.name}
+        request = begin_request(
+            run=context.run,
+            node=self.name,
+            token=context.token,
+            settings=settings,
+            environment=context.environment,
+        )
+        # Where its peers know it, if it served before.
+        port = self.address.rpartition(":")[2] or 0
+        about = await self._ask(
+            "begin_run", request | {"host": self._host, "port": port}, seconds=BEGIN_SECONDS
+        )
+        self._ahead = about["wall"] - time.time()
+        self.address = about["address"]
+        self.nonce = about["nonce"]
+        self._network = about["network"]
+        wished = context.settings.resolve.platform
+        self.platform = Platform.parse(wished or about["platform"]).normalized()
+        self.is_serving = True
+        context.state.update_node(
+            self.name,
+            node_id=self.node_id,
+            address=self.address,
+            store=about["store"],
+            platform=str(self.platform),
+        )
+
+    async def _revive(self, life: int) -> None:
+        """Start the actor anew, unless somebody else has since ``life``, and give it its part."""
+        async with self._reviving:
+            if self._life != life:
+                return
+            self._life += 1
+            self.is_serving = False
+            await self.begin()
+            await self.accept(self._part, self._digests)
+
+    def cancel(self) -> None:
+        """Have the node give up what it does, without waiting for it."""
+        if self._actor is not None and not self.is_dead:
+            for run in list(self._pulls):
+                self._actor.cancel.remote(run)
+
+    async def end(self, seconds: float = END_SECONDS) -> None:
+        """End the actor and all that it started."""
+        actor, self._actor = self._actor, None
+        self.is_serving = False
+        if actor is None:
+            return
+        if not self.is_dead and seconds:
+            # Its members go with it in any case; those that are told go at once.
+            call = actor.end_run.remote()
+            await asyncio.wait({asyncio.wrap_future(call.future())}, timeout=seconds)
+        cluster.end(actor)
+
+    # -- what is there ----------------------------------------------------------------------------
+
+    async def look(self) -> NodeSurvey:
+        """Ask what the node has of its images."""
+        about = [image.about for image in self.images]
+        found = await self._ask("survey", about, seconds=LOOK_SECONDS)
+        self.survey = NodeSurvey.from_dict(found | {"platform": str(self.platform)})
+        return self.survey
+
+    async def presence(self) -> list[dict[str, Any]]:
+        """Return what is on disk of each image, in their order."""
+        about = [image.about for image in self.images]
+        found: list[dict[str, Any]] = await self._ask("presence", about, seconds=LOOK_SECONDS)
+        return found
+
+    @property
+    def lacks(self) -> bool:
+        """Return whether the last survey found something missing."""
+        return any(not self._has(image) for image in self.images)
+
+    def spread_state(self) -> NodeState:
+        """Return what the planner of the trees needs to know of the node."""
+        wanted = {digest for image in self.images for digest in _layer_digests(image)}
+        return NodeState(self.name, frozenset(wanted - self.survey.present), address=self.address)
+
+    def holder_state(self) -> NodeState:
+        """Return the same of a node that has all of its images by now."""
+        wanted = frozenset(digest for image in self.images for digest in _layer_digests(image))
+        return NodeState(self.name, present=wanted, address=self.address)
+
+    # -- work -------------------------------------------------------------------------------------
+
+    async def accept(self, part: Part, digests: Sequence[str]) -> None:
+        """Give the node its part and let it serve these digests."""
+        self._part, self._digests = part, list(digests)
+        await self._ask("accept", part.to_dict(), self._digests, self.lacks, seconds=ACCEPT_SECONDS)
+
+    async def work(self) -> None:
+        """Bring all images, deliver them, and give the node's row its state; raises nothing."""
+        state, failure = self._context.state, self._context.plan.failure
+        limit = asyncio.Semaphore(IMAGES_AT_ONCE)
+        try:
+            async with asyncio.timeout(failure.node_timeout_seconds):
+                await asyncio.gather(*(self._bring(image, limit) for image in self.images))
+                await self._deliver()
+        except TimeoutError:
+            self.cancel()
+            error = describe(DeadlineError(f"node {self.name}", failure.node_timeout_seconds))
+            for cell in state.open_cells(self.name):
+                state.update_cell(self.name, cell.reference, status="failed", error=error)
+        finally:
+            self.finished.set()
+        state.settle_node(self.name)
+
+    async def _bring(self, image: RunImage, limit: asyncio.Semaphore) -> None:
+        async with limit:
+            state, reference = self._context.state, image.planned.reference
+            state.update_cell(self.name, reference, status="working")
+            state.update_node(self.name, state="working")
+            begun = time.monotonic()
+            try:
+                result = await self._pull_until_here(image)
+            except StowrayError as error:
+                if not self.is_dead:
+                    state.update_cell(
+                        self.name,
+                        reference,
+                        status="failed",
+                        error=describe(error),
+                        seconds=round(time.monotonic() - begun, 3),
+                    )
+                return
+            state.update_cell(
+                self.name,
+                reference,
+                status="exists" if self._has(image) else "done",
+                result=result,
+                present=True,
+                error=None,
+                seconds=round(time.monotonic() - begun, 3),
+            )
+
+    async def _pull_until_here(self, image: RunImage) -> dict[str, Any]:
+        tries = self._context.plan.failure.tries
+        tried = 0
+        while True:
+            tried += 1
+            life = self._life
+            try:
+                return await self._pull(image)
+            except StowrayError as error:
+                if tried >= tries or not error.retryable or self.is_dead:
+                    raise
+                if not cluster.is_lost(error):
+                    await asyncio.sleep(RETRY_SECONDS * tried)
+                    continue
+            await self._revive(life)
+
+    async def _pull(self, image: RunImage) -> dict[str, Any]:
+        """Bring one image and return its result; raises unless it was found on disk after that."""
+        context = self._context
+        self._numbers += 1
+        run = f"{context.run}/{self.name}/{self._numbers}"
+        limits = context.plan.limits
+        options = PullOptions(platform=image.image.platform, sync=bool(self._network))
+        request = {
+            "run": run,
+            "store": "",
+            "source": image.reference.to_dict(),
+            "image": image.image.to_dict(),
+            "documents": image.documents,
+            "options": options_to_dict(options),
+            "settings": settings_to_dict(context.settings) | {"node": self.name},
+            "environment": dict(context.environment),
+            "progress": context.board,
+            "nodes": context.nodes,
+            "driver": None,
+            "spread": {
+                "run": context.run,
+                "image": image.about,
+                "leases": context.resolver,
+                "connections": limits.origin_connections,
+                "bandwidth": limits.bandwidth,
+            },
+        }
+        self._pulls[run] = image.planned.reference
+        try:
+            reply = await self._ask("pull", request)
+        finally:
+            del self._pulls[run]
+        for event in reply["events"]:
+            context.progress.merge(Event.from_dict(event))
+        context.state.note_ways(self.name, reply["ways"], self._ahead)
+        if "error" in reply:
+            raise from_wire(*reply["error"])
+        if not reply["presence"]["present"]:
+            raise NodeError(self.name, f"{image.reference.familiar} is not on its disk after all")
+        result: dict[str, Any] = reply["result"]
+        return result
+
+    async def _deliver(self) -> None:
+        runtimes = self._context.plan.deliver
+        state = self._context.state
+        for image in self.images:
+            reference = image.planned.reference
+            cell = state.cells[self.name, reference]
+            if not runtimes or not cell.present:
+                continue
+            self._numbers += 1
+            run = f"{self._context.run}/{self.name}/{self._numbers}"
+            request = {"run": run, "image": image.image.to_dict(), "runtimes": list(runtimes)}
+            self._pulls[run] = reference
+            try:
+                errors = await self._ask("deliver", request)
+            except StowrayError as error:
+                errors = dict.fromkeys(runtimes, describe(error))
+            finally:
+                del self._pulls[run]
+            state.deliveries += [
+                Delivery(self.name, reference, runtime, errors[runtime]) for runtime in runtimes
+            ]
+
+    def _has(self, image: RunImage) -> bool:
+        """Return whether the last survey found all of an image."""
+        planned = image.planned
+        chains = [layer.chain_id for layer in planned.layers]
+        return self.survey.present >= planned.blobs.keys() and (
+            not chains or chains[-1] in self.survey.chains
+        )
+
+    async def _ask(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
+        """Call the actor; raises our errors only, at once when the node dies."""
+        if self.is_dead or self._actor is None:
+            raise NodeError(self.name, self._reason or "its actor has ended")
+        call = getattr(self._actor, method).remote(*arguments)
+        asking = asyncio.ensure_future(cluster.ask(call, self.name, seconds))
+        try:
+            await asyncio.wait({asking, self._death}, return_when=asyncio.FIRST_COMPLETED)
+            if asking.done():
+                return asking.result()
+            raise NodeError(self.name, self._reason)
+        finally:
+            if not asking.done():
+                asking.cancel()
+
+
+def _layer_digests(image: RunImage) -> list[str]:
+    return [layer.digest for layer in image.planned.layers]

@@ -1,0 +1,191 @@
+"""What is known of a pre-warm run while it goes on, row by row, and the report made of it.
+
+Invariant: used by one thread; a report can be taken at any moment; a node's state follows from its
+cells unless the node is dead, refused or has failed as a whole. Times are seconds since the start.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import stowray
+from stowray.pipeline.errors import NodeError, StowrayError, describe
+from stowray.pipeline.prewarm_report import (
+    BlobSpan,
+    Cell,
+    Delivery,
+    ImageRow,
+    NodeRow,
+    PrewarmReport,
+    Remark,
+    WaveRow,
+    lost_cells,
+    node_state,
+    origin_and_peer_bytes,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from stowray.pipeline.lock_file import Drift
+
+# The last word on a node: what becomes of its cells does not change it.
+_LAST = ("dead", "refused")
+
+
+@dataclass(slots=True)
+class RunState:
+    """All rows of a run; ``command`` is prewarm or status."""
+
+    run: str
+    command: str
+    minimum_ready: float
+    nodes: dict[str, NodeRow] = field(default_factory=dict)
+    images: dict[str, ImageRow] = field(default_factory=dict)
+    cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
+    spans: dict[tuple[str, str], BlobSpan] = field(default_factory=dict)
+    remarks: list[Remark] = field(default_factory=list)
+    deliveries: list[Delivery] = field(default_factory=list)
+    waves: dict[int, WaveRow] = field(default_factory=dict)
+    drift: tuple[Drift, ...] = ()
+    warnings: list[str] = field(default_factory=list)
+    manifest_requests: int = 0
+    interrupted: bool = False
+    changed: bool = True
+    started: float = field(default_factory=time.time)
+
+    @property
+    def seconds(self) -> float:
+        """How long the run has gone on."""
+        return time.time() - self.started
+
+    def update_node(self, name: str, **changes: Any) -> None:
+        """Change a node's row, made if there is none."""
+        self.nodes[name] = replace(self.nodes.get(name, NodeRow(name)), **changes)
+        self.changed = True
+
+    def fail_node(self, name: str, error: Mapping[str, Any], state: str = "failed") -> None:
+        """Note that a node as a whole has failed or is refused, and with it its cells.
+
+        ``error`` is as ``errors.describe`` makes it.
+        """
+        if self.nodes[name].state in _LAST:
+            return
+        for cell in self.open_cells(name):
+            self.update_cell(name, cell.reference, status="failed", error=dict(error))
+        self.update_node(name, state=state, error=dict(error))
+
+    def lose_node(self, name: str, reason: str) -> None:
+        """Note that a node is dead; what it had does not count any more."""
+        if self.nodes[name].state == "dead":
+            return
+        self.update_node(name, state="dead", error=describe(NodeError(name, reason)))
+        own = [cell for cell in self.cells.values() if cell.node == name]
+        for cell in lost_cells(own, name, reason):
+            self.cells[cell.node, cell.reference] = cell
+
+    def update_image(self, reference: str, **changes: Any) -> None:
+        """Change an image's row, made if there is none."""
+        row = self.images.get(reference, ImageRow(reference))
+        self.images[reference] = replace(row, **changes)
+        self.changed = True
+
+    def update_cell(self, node: str, reference: str, **changes: Any) -> None:
+        """Change a cell, made if there is none, and the state of its node with it."""
+        key = (node, reference)
+        row = self.nodes[node]
+        if row.state in _LAST and key in self.cells:
+            return
+        self.cells[key] = replace(self.cells.get(key, Cell(node, reference)), **changes)
+        self.changed = True
+
+    def open_cells(self, node: str) -> list[Cell]:
+        """Return the cells of a node that have come to nothing yet."""
+        return [
+            cell
+            for cell in self.cells.values()
+            if cell.node == node and cell.status in ("waiting", "working")
+        ]
+
+    def settle_node(self, name: str) -> None:
+        """Give a node the state that follows from its cells."""
+        row = self.nodes[name]
+        own = [cell for cell in self.cells.values() if cell.node == name]
+        if row.state in _LAST or not own:
+            return
+        state = node_state(own)
+        error = next((cell.error for cell in own if cell.error is not None), None)
+        self.update_node(name, state=state, error=error if state == "failed" else None)
+
+    def skip_node(self, name: str, error: StowrayError | None) -> None:
+        """Note that a node is left out; with an ``error`` it should not have been."""
+        self.update_node(name, state="skipped", error=None if error is None else describe(error))
+        for cell in self.open_cells(name):
+            told = None if error is None else describe(error)
+            self.update_cell(name, cell.reference, status="skipped", error=told)
+
+    def note_ways(self, node: str, ways: Iterable[Mapping[str, Any]], ahead: float) -> None:
+        """Take over how blobs came to a node whose clock is ``ahead`` of ours by so much."""
+        self.changed = True
+        for way in ways:
+            digest = str(way["digest"])
+            span = self.spans.get((node, digest), BlobSpan(node, digest, int(way["size"])))
+            ended = self._since(way["ended"], ahead)
+            if way["kind"] == "stage":
+                seconds = span.apply_seconds + float(way["seconds"])
+                self.spans[node, digest] = replace(span, staged=ended, apply_seconds=seconds)
+                continue
+            by_source = dict(span.by_source)
+            for source, size in way["by_source"].items():
+                by_source[source] = by_source.get(source, 0) + int(size)
+            self.spans[node, digest] = replace(
+                span,
+                started=_first(span.started, self._since(way["started"], ahead)),
+                first_byte=_first(span.first_byte, self._since(way["first_byte"], ahead)),
+                completed=ended,
+                by_source=by_source,
+                fetch_seconds=span.fetch_seconds + float(way["seconds"]),
+            )
+            for remark in way["remarks"]:
+                self.remarks.append(Remark(node=node, digest=digest, **remark))
+
+    def report(self) -> PrewarmReport:
+        """Return the whole truth so far."""
+        by_source: dict[str, int] = {}
+        for span in self.spans.values():
+            for source, size in span.by_source.items():
+                by_source[source] = by_source.get(source, 0) + size
+        origin_bytes, peer_bytes = origin_and_peer_bytes(by_source)
+        started = datetime.fromtimestamp(self.started, UTC)
+        return PrewarmReport(
+            run=self.run,
+            version=stowray.__version__,
+            command=self.command,
+            started=started.isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            seconds=round(self.seconds, 3),
+            nodes=tuple(self.nodes.values()),
+            images=tuple(self.images.values()),
+            cells=tuple(self.cells.values()),
+            spans=tuple(self.spans.values()),
+            remarks=tuple(self.remarks),
+            origin_bytes=origin_bytes,
+            peer_bytes=peer_bytes,
+            manifest_requests=self.manifest_requests,
+            drift=self.drift,
+            deliveries=tuple(self.deliveries),
+            waves=tuple(self.waves.values()),
+            warnings=tuple(self.warnings),
+            minimum_ready=self.minimum_ready,
+            interrupted=self.interrupted,
+        )
+
+    def _since(self, wall: float, ahead: float) -> float | None:
+        """Return a node's time as seconds since the start here, None for one never reached."""
+        return round(max(0.0, wall - ahead - self.started), 3) if wall else None
+
+
+def _first(known: float | None, new: float | None) -> float | None:
+    return new if known is None else known

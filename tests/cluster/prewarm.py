@@ -1,0 +1,98 @@
+"""Drivers that pre-warm the nodes of a test's cluster, as programs of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tests.support.tars import archive, directory, file
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from tests.support.ray_cluster import RayCluster
+    from tests.support.registry import FakeRegistry
+
+ROOT = Path(__file__).parents[2]
+SECONDS = 240.0
+
+
+class Driver:
+    """One program under way; ``wanted`` is what it is told to do."""
+
+    def __init__(
+        self, cluster: RayCluster, folder: Path, wanted: Mapping[str, Any], **variables: str
+    ) -> None:
+        settings = {"store": str(folder / "{node}"), "address": cluster.address}
+        told = {"do": "run", **wanted, "settings": settings | wanted.get("settings", {})}
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("RAY_", "XDG_", "STOWRAY_"))
+        }
+        self.folder = folder
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.prewarm_driver", json.dumps(told)],
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env={
+                **kept,
+                **cluster.environment,
+                "XDG_RUNTIME_DIR": str(folder),
+                **variables,
+            },
+        )
+
+    def line(self) -> dict[str, Any]:
+        """Return the next change of the report; the last line is the report itself."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        assert line, f"the driver ended with {self.process.wait()}"
+        found: dict[str, Any] = json.loads(line)
+        return found
+
+    def cancel(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def finish(self) -> tuple[int, dict[str, Any]]:
+        """Wait for the end; return the exit status and what was said last."""
+        output, _ = self.process.communicate(timeout=SECONDS)
+        assert output, f"the driver ended with {self.process.returncode} and said nothing"
+        return self.process.returncode, json.loads(output.splitlines()[-1])
+
+    def end(self) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait()
+        assert self.process.stdout is not None
+        self.process.stdout.close()
+
+
+def layer(name: str, size: int = 1000) -> bytes:
+    """Return a layer of one random file: like no other, and not compressible."""
+    return archive(directory(name), file(f"{name}/file", os.urandom(size)))
+
+
+def add_image(registry: FakeRegistry, name: str, *sizes: int) -> str:
+    """Add an image with layers of these sizes and return its reference."""
+    layers = [layer(f"{name}{number}", size) for number, size in enumerate(sizes)]
+    registry.add_image(f"a/{name}", "1", layers)
+    return f"{registry.host}/a/{name}:1"
+
+
+def states(report: Mapping[str, Any]) -> dict[str, str]:
+    return {node["name"]: node["state"] for node in report["nodes"]}
+
+
+def statuses(report: Mapping[str, Any]) -> dict[str, set[str]]:
+    """Return what became of the cells of each node."""
+    found: dict[str, set[str]] = {}
+    for cell in report["cells"]:
+        found.setdefault(cell["node"], set()).add(cell["status"])
+    return found
