@@ -84,11 +84,16 @@ class Arriving:
         """Whether the digest was proven; the data file is the blob then."""
         return self._state.status == COMMITTED and not self.is_void
 
+    @property
+    def prefix(self) -> int:
+        """How many bytes from the start are there."""
+        return min(self._state.prefix, self.size)
+
     def position(self, stripe: Stripe) -> int:
         """Return how many bytes of ``stripe`` may be sent."""
         if self.is_committed:
             return stripe.length
-        position = stripe.position(min(self._state.prefix, self.size))
+        position = stripe.position(self.prefix)
         if stripe.count == 1:
             return min(position, max(0, self.size - 1))
         shown = self._shown(stripe)

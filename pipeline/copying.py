@@ -165,7 +165,7 @@ class Copier:
         size = work.descriptor.size
         ingest, stream = copying.ingest, copying.stream
         buffer = memoryview(bytearray(BUFFER_SIZE))
-        read_into = _reader(stream)
+        read_into = reader(stream)
         if stream.offset > ingest.offset:
             raise UnavailableError(stream.source, 0, "RANGE", "answered a later part of the blob")
         caught_up = False
@@ -218,7 +218,7 @@ class Copier:
             work.tell("downloading", offset)
 
 
-def _reader(stream: BlobStream) -> Callable[[memoryview], int]:
+def reader(stream: BlobStream) -> Callable[[memoryview], int]:
     """Return what fills a buffer from ``stream``: its own way, or by way of bytes objects."""
     own: Callable[[memoryview], int] | None = getattr(stream, "read_into", None)
     if own is not None:

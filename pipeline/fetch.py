@@ -123,7 +123,7 @@ class Fetcher:
         """
         begun = self._clock.monotonic()
         digest = descriptor.digest
-        sources = _places(self._origins if origins is None else origins, reference)
+        sources = places_of(self._origins if origins is None else origins, reference)
         work = Work(
             reference,
             descriptor,
@@ -248,7 +248,7 @@ class Fetcher:
                 tired = 0
             except SOURCE_ERRORS as error:
                 errors[id(origin)] = error
-                _blame(origin, error)
+                blame(origin, error)
                 gained = ingest.offset - start
                 work.retries.progressed(gained)
                 if gained:
@@ -298,7 +298,7 @@ class Fetcher:
         work.retries.count += 1
         own = not work.opened or work.writers <= {id(origin)}
         if own:
-            _blame(origin, error)
+            blame(origin, error)
         if work.opened:
             ingest.restart()
             work.writers.clear()
@@ -326,7 +326,7 @@ def _known(descriptor: Descriptor) -> bytes | None:
     return None
 
 
-def _places(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Place, ...]:
+def places_of(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Place, ...]:
     """Return all that can be asked for blobs of ``reference``: mirrors each by itself."""
     found: list[Origin | Place] = []
     for origin in origins:
@@ -345,11 +345,11 @@ def _concerns(work: Work, other: Source, error: StowrayError) -> bool:
     return registry is not None and registry == getattr(work.reference, "registry", None)
 
 
-def _blame(source: Origin | Place, error: StowrayError) -> None:
+def blame(source: Origin | Place, error: StowrayError) -> None:
     """Tell a source that knows others what it did, for the blobs that come after this one."""
-    blame = getattr(source, "blame", None)
-    if blame is not None:
-        blame(error)
+    tell = getattr(source, "blame", None)
+    if tell is not None:
+        tell(error)
 
 
 def _weightiest(

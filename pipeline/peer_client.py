@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import time
 from dataclasses import dataclass
@@ -95,6 +96,14 @@ class PeerStream:
             _number(headers.get("stowray-generation", ""), self._address),
             headers.get("stowray-complete") == "1",
         )
+
+    def is_ready(self, seconds: float) -> bool:
+        """Wait for bytes, at most so long; they are not read yet."""
+        if self._received:
+            return True
+        poll = select.poll()
+        poll.register(self._connection, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
 
     def document(self, seconds: float) -> Any:
         """Return the JSON document that answers a question, within ``seconds``."""

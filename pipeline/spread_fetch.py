@@ -7,35 +7,49 @@ byte from the next one. One writer per blob, and nothing is committed before its
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import threading
+from functools import partial
+from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.copying import REPORT_SECONDS, Work
+from stowray.pipeline.errors import CancelledError, DigestMismatchError, NodeError
+from stowray.pipeline.fetch import TAKE_OVER_SECONDS, Fetched, places_of
+from stowray.pipeline.peer_client import PeerClient
 from stowray.pipeline.registry import never
+from stowray.pipeline.retry import wait
 from stowray.pipeline.source_choice import Patience
+from stowray.pipeline.spread_blame import Inquiry
+from stowray.pipeline.spread_job import Job
+from stowray.pipeline.spread_shared import Shared
+from stowray.pipeline.spread_stream import StripeStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from stowray.pipeline.descriptor import Descriptor
-    from stowray.pipeline.fetch import Fetched, Fetcher
-    from stowray.pipeline.origin import Origin
+    from stowray.pipeline.fetch import Fetcher
+    from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.origin import Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.settings import RegistrySettings
     from stowray.pipeline.source import Source
-    from stowray.pipeline.spread import Part
+    from stowray.pipeline.spread import Part, Portion
     from stowray.pipeline.spread_leases import Leases
     from stowray.pipeline.store import Store
 
-DEFAULT_STREAMS = 32
+DEFAULT_STREAMS: Final = 32
+# So long may nobody write a blob that another node of the same store is to bring.
+SHARED_SECONDS: Final = 120.0
 
 
 class SpreadFetcher:
     """Fetches the blobs of one run into one store; thread-safe, one per run, node and process.
 
     ``part`` is this node's; what is not in it goes to ``fallback``. ``token`` is what peers of the
-    run want to see. ``streams`` bounds how many stripes bring bytes at once: those that wait for a
-    first byte do not count. ``bandwidth`` is in bytes per second for all of them together, 0: no
-    limit. Keep one fetcher for all blobs of a run: it remembers who failed, and what to expect.
+    run want to see. ``streams`` bounds how many stripes bring bytes from peers at once: those that
+    wait for bytes do not count. ``bandwidth`` is in bytes per second for all of them together, 0:
+    no limit. Keep one fetcher for all blobs of a run: it remembers who failed, and what to expect.
     """
 
     def __init__(
@@ -57,15 +71,28 @@ class SpreadFetcher:
         self._store = store
         self._origins = tuple(origins)
         self._settings = settings
-        self._node = node
-        self._part = part
-        self._token = token
-        self._leases = leases
         self._fallback = fallback
-        self._bandwidth = bandwidth
-        self._streams = streams
-        self._patience = patience or Patience()
         self._clock = clock
+        self._shares_with = part.shares_with
+        self._portions: dict[str, list[Portion]] = {}
+        for portion in part.portions:
+            self._portions.setdefault(portion.digest, []).append(portion)
+        patience = patience or Patience()
+        client = PeerClient(
+            token,
+            connect_seconds=patience.silence + patience.answer,
+            answer_seconds=patience.answer,
+        )
+        self._shared = Shared(
+            node=node,
+            addresses=part.addresses,
+            leases=leases,
+            client=client,
+            patience=patience,
+            streams=streams,
+            bandwidth=bandwidth,
+            clock=clock,
+        )
 
     def fetch(
         self,
@@ -75,5 +102,138 @@ class SpreadFetcher:
         report: Report,
         cancelled: Callable[[], bool] = never,
     ) -> Fetched:
-        """Bring the blob into the store and return how it came; idempotent."""
-        return self._fallback.fetch(reference, descriptor, report=report, cancelled=cancelled)
+        """Bring the blob into the store and return how it came; idempotent.
+
+        The same errors as those of :meth:`Fetcher.fetch`.
+        """
+        if self._shares_with:
+            self._await_writer(descriptor, report, cancelled)
+        portions = self._portions.get(str(descriptor.digest))
+        download = None if portions is None else partial(self._download, portions)
+        return self._fallback.fetch(
+            reference, descriptor, report=report, cancelled=cancelled, download=download
+        )
+
+    def _download(self, portions: Sequence[Portion], work: Work, ingest: Ingest) -> None:
+        work.tell("downloading", ingest.offset)
+        places = places_of(self._origins, work.reference)
+        _Bringing(self._shared, work, ingest, portions, places).bring()
+        if work.by_source:
+            work.source = max(work.by_source, key=lambda source: work.by_source[source])
+
+    def _await_writer(
+        self, descriptor: Descriptor, report: Report, cancelled: Callable[[], bool]
+    ) -> None:
+        """Wait for a blob that another node of this store brings."""
+        from stowray.pipeline.arriving import Arriving
+
+        digest, size = descriptor.digest, descriptor.size
+        alive = self._clock.monotonic()
+        while not self._store.has(digest, size):
+            now = self._clock.monotonic()
+            arriving = Arriving.open(self._store, digest)
+            if arriving is not None:
+                try:
+                    if arriving.writer_lives():
+                        alive = now
+                    report("blob", str(digest), "downloading", arriving.prefix, size)
+                finally:
+                    arriving.close()
+            if now - alive >= SHARED_SECONDS:
+                raise NodeError(self._shares_with, f"does not bring {digest} into the shared store")
+            wait(TAKE_OVER_SECONDS, self._clock, cancelled, str(digest))
+
+
+class _Bringing:
+    """One blob: the threads of its stripes, and what is done when the bytes prove wrong."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        work: Work,
+        ingest: Ingest,
+        portions: Sequence[Portion],
+        places: Sequence[Origin | Place],
+    ) -> None:
+        self._shared = shared
+        self._work = work
+        self._ingest = ingest
+        self._portions = sorted(portions, key=lambda portion: portion.stripe.index)
+        stripe = self._portions[0].stripe
+        shown = ingest.show_stripes(stripe.count, stripe.unit)
+        self._job = Job(shared, work, ingest, shown, places)
+        self._inquiry = Inquiry(self._job)
+        self._errors: list[BaseException] = []
+        self._running = 0
+
+    def bring(self) -> None:
+        """Bring all bytes, prove and commit them."""
+        while True:
+            streams = self._receive()
+            points = self._inquiry.checkpoints()
+            try:
+                self._ingest.commit()
+            except DigestMismatchError as error:
+                self._inquiry.open(streams, error)
+            else:
+                self._inquiry.close(points)
+                return
+
+    def _receive(self) -> list[StripeStream]:
+        """Receive all bytes of one generation."""
+        job = self._job
+        streams = [
+            StripeStream(job, portion, self._inquiry.trusted(portion.sources))
+            for portion in self._portions
+        ]
+        threads = [
+            threading.Thread(target=self._run, args=(stream,), name="stripe", daemon=True)
+            for stream in streams
+        ]
+        self._running = len(threads)
+        try:
+            for thread in threads:
+                thread.start()
+            self._supervise(streams)
+        except BaseException:
+            job.stop()
+            raise
+        finally:
+            for thread in threads:
+                if thread.ident is not None:
+                    thread.join()
+            for stream in streams:
+                self._work.remarks += stream.choice.reports
+        return streams
+
+    def _run(self, stream: StripeStream) -> None:
+        try:
+            stream.run()
+        except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
+            with self._job.changed:
+                self._errors.append(error)
+        finally:
+            with self._job.changed:
+                self._running -= 1
+                self._job.changed.notify_all()
+
+    def _supervise(self, streams: Sequence[StripeStream]) -> None:
+        """Wait for the stripes; renew their leases and tell how far the blob is meanwhile."""
+        job, work = self._job, self._work
+        shown = -1
+        while True:
+            with job.changed:
+                job.changed.wait_for(lambda: self._errors or not self._running, REPORT_SECONDS)
+                if self._errors:
+                    raise self._errors[0]
+                if not self._running:
+                    return
+            if work.cancelled():
+                raise CancelledError(job.digest)
+            now = job.now()
+            for stream in streams:
+                stream.renew(now)
+            self._shared.pulse.beat()
+            if self._ingest.offset != shown:
+                shown = self._ingest.offset
+                work.tell("downloading", shown)

@@ -1,0 +1,93 @@
+"""One blob on its way to this node in a run: what its stripes have in common.
+
+Invariant: whatever ends one stripe for good ends all of them; what they report is put together
+under one lock.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING
+
+from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.source_choice import ORIGIN
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Sequence
+
+    from stowray.pipeline.copying import Work
+    from stowray.pipeline.errors import StowrayError
+    from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.origin import Origin, Place
+    from stowray.pipeline.spread_shared import Shared
+    from stowray.pipeline.stripe_state import StripeState
+
+
+class Job:
+    """See the module; the ``places`` of the origin are in the order in which they are asked."""
+
+    def __init__(
+        self,
+        shared: Shared,
+        work: Work,
+        ingest: Ingest,
+        shown: StripeState,
+        places: Sequence[Origin | Place],
+    ) -> None:
+        self.shared = shared
+        self.work = work
+        self.ingest = ingest
+        self.shown = shown
+        self.places = list(places)
+        self.digest = str(work.descriptor.digest)
+        # Of these nothing is taken now: one of them may have sent wrong bytes.
+        self.distrusted: Collection[str] = ()
+        # What the origin said when it was meant: nothing more is to be had there.
+        self.hopeless: StowrayError | None = None
+        self.last_error: StowrayError | None = None
+        self.changed = threading.Condition()
+        self._stopped = threading.Event()
+
+    def now(self) -> float:
+        """Return the time that source choices are told."""
+        return self.shared.clock.monotonic()
+
+    def stop(self) -> None:
+        """End all stripes soon."""
+        self._stopped.set()
+
+    def is_over(self) -> bool:
+        """Tell whether the stripes are to end."""
+        return self._stopped.is_set()
+
+    def check(self) -> None:
+        """Raise CancelledError when the stripes are to end."""
+        if self._stopped.is_set():
+            raise CancelledError(self.digest)
+
+    def wait(self, seconds: float) -> None:
+        """Wait; CancelledError as soon as the stripes are to end."""
+        self._stopped.wait(max(0.0, seconds))
+        self.check()
+
+    def prefer_home(self) -> None:
+        """Ask the registry itself before its mirrors: one of those may have wrong bytes."""
+        if self.places:
+            self.places.insert(0, self.places.pop())
+
+    def count(self, source: str, received: int) -> None:
+        """Count bytes that came."""
+        work = self.work
+        with self.changed:
+            work.received += received
+            work.by_source[source] = work.by_source.get(source, 0) + received
+
+    def retry(self) -> None:
+        """Count one more try."""
+        with self.changed:
+            self.work.retries.count += 1
+
+
+def label(node: str) -> str:
+    """Return how bytes from a node are called in results."""
+    return f"peer:{node}" if node != ORIGIN else node

@@ -1,0 +1,232 @@
+"""Reads from the origin in a run: what a lease allows, one exchange per permit.
+
+Invariant: nothing is asked of the origin without a lease on those very bytes and a permit for one
+connection; when a lease is lost, reading stops where its owner was told that it would. What the
+ingest has already is not asked for. Answers are checked as those of any pull (``registry``).
+"""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from stowray.pipeline.copying import BUFFER_SIZE, reader
+from stowray.pipeline.errors import CancelledError, ContentError, UnavailableError
+from stowray.pipeline.fetch import SOURCE_ERRORS, blame
+from stowray.pipeline.lanes import Ranged
+from stowray.pipeline.source_choice import ORIGIN
+from stowray.pipeline.spread_shared import OWNER_ERRORS
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from stowray.pipeline.errors import StowrayError
+    from stowray.pipeline.origin import BlobStream
+    from stowray.pipeline.source_choice import Action
+    from stowray.pipeline.spread_job import Job
+    from stowray.pipeline.spread_stream import StripeStream
+
+RENEW_SECONDS: Final = 1.0
+# A holder that is told to stop reads what it said it would: what is on its way in a moment.
+_LEAST_RUN_OUT: Final = 64 << 10
+_MOST_RUN_OUT: Final = 4 << 20
+_RUN_OUT_SECONDS: Final = 0.25
+_LINGER_SECONDS: Final = 2.0
+_PERMIT_PAUSES: Final = (0.05, 0.5)
+_TOO_MANY: Final = 429
+_TOO_MANY_SECONDS: Final = 5.0
+# So often in a row each place may fail under one lease, before others get their turn.
+_TRIES: Final = 3
+_FIRST_WAIT: Final = 0.25
+
+
+@dataclass(slots=True)
+class Lease:
+    """Positions of a stripe that this node alone reads from the origin, until it is renewed."""
+
+    start: int
+    end: int
+    until: float
+    renewed: float = 0.0
+    position: int = 0  # at the last renewal
+    stop_at: int | None = None  # lost: read no further than this
+    lost_at: float = 0.0
+
+    def lose(self, stop_at: int, now: float) -> None:
+        """Take note that reading ends at ``stop_at``."""
+        self.stop_at, self.lost_at = stop_at, now
+
+    def is_lost(self, position: int, now: float) -> bool:
+        """Tell whether nothing more may be read at ``position``: others may read it by now."""
+        if now >= self.until:
+            return True
+        if self.stop_at is None:
+            return False
+        return position >= self.stop_at or now - self.lost_at >= _LINGER_SECONDS
+
+
+class OriginReader:
+    """Reads one stripe from the origin, whenever there is a lease for it."""
+
+    def __init__(self, job: Job, stream: StripeStream) -> None:
+        self._job = job
+        self._stream = stream
+        self._leases = job.shared.leases
+        self._places = list(job.places)
+
+    def read(self, lease: Lease) -> Action | None:
+        """Read what ``lease`` allows and return what the choice wants then."""
+        stream, choice = self._stream, self._stream.choice
+        lease.renewed, lease.position = self._job.now(), choice.position
+        stream.lease = lease
+        try:
+            if not self._get_permit(lease):
+                return choice.later(self._job.now(), _PERMIT_PAUSES[1])
+            choice.granted(self._job.now(), lease.end)
+            stream.tell(ORIGIN)
+            return stream.settle(self._read(lease))
+        finally:
+            stream.lease = None
+            with suppress(*OWNER_ERRORS):
+                self._leases.give_back(stream.key)
+                self._leases.progress(stream.key, choice.position)
+                self._leases.release(stream.key)
+
+    def renew(self, now: float) -> None:
+        """Renew the lease and the permit if it is time to; called by another thread."""
+        stream = self._stream
+        lease = stream.lease
+        if lease is None or lease.stop_at is not None or now - lease.renewed < RENEW_SECONDS:
+            return
+        position = stream.choice.position
+        rate = (position - lease.position) / (now - lease.renewed)
+        run_out = min(max(int(rate * _RUN_OUT_SECONDS), _LEAST_RUN_OUT), _MOST_RUN_OUT)
+        # The last byte is never told before it is there: nothing left to renew is not a loss.
+        told = min(position + run_out, lease.end - 1)
+        lease.renewed, lease.position = now, position
+        with suppress(*OWNER_ERRORS):
+            seconds = self._leases.progress(stream.key, told)
+            if not seconds:
+                # Perhaps the owner has begun anew and knows of no lease.
+                length = stream.stripe.length
+                seconds = self._leases.declare(stream.key, length, told, lease.end)
+            if seconds:
+                lease.until = now + seconds
+                self._leases.permit(stream.key)
+            else:
+                lease.lose(told, now)
+
+    # -- permits ----------------------------------------------------------------------------------
+
+    def _get_permit(self, lease: Lease) -> bool:
+        """Wait for a connection; False when the lease ends before."""
+        pause, longest = _PERMIT_PAUSES
+        while True:
+            self._job.check()
+            if lease.is_lost(self._stream.choice.position, self._job.now()):
+                return False
+            with suppress(*OWNER_ERRORS):
+                if self._leases.permit(self._stream.key):
+                    return True
+            self._job.wait(pause)
+            pause = min(2 * pause, longest)
+
+    # -- exchanges --------------------------------------------------------------------------------
+
+    def _read(self, lease: Lease) -> Action | None:
+        job, stream, choice = self._job, self._stream, self._stream.choice
+        failures = 0
+        has_permit = True
+        while choice.position < lease.end and not lease.is_lost(choice.position, job.now()):
+            start, end = next(stream.stripe.ranges(choice.position, lease.end))
+            gap = job.ingest.gap(start, end)
+            if gap is None or gap[0] > start:
+                action = stream.skip((end if gap is None else gap[0]) - start)
+                if action is not None or choice.done:
+                    return action
+                continue
+            if not has_permit and not self._get_permit(lease):
+                break
+            before = choice.position
+            try:
+                action = self._exchange(lease, *gap)
+            except CancelledError:
+                job.check()
+                break  # the lease was lost
+            except (*SOURCE_ERRORS, ContentError) as error:
+                gained = choice.position - before
+                failures = 0 if gained >= job.work.retries.policy.progress_size else failures + 1
+                self._blame(error)
+                if failures >= _TRIES * len(self._places) or job.hopeless is not None:
+                    return choice.failed(job.now(), str(error))
+                if failures and failures % len(self._places) == 0:
+                    job.wait(job.work.retries.uniform(0.5, 1.0) * _FIRST_WAIT * 2**failures)
+            else:
+                failures = 0
+                if action is not None or choice.done:
+                    return action
+            # Others may have waited for a connection longer than this stripe will.
+            has_permit = False
+            with suppress(*OWNER_ERRORS):
+                self._leases.give_back(stream.key)
+        return choice.lease_lost(job.now())
+
+    def _exchange(self, lease: Lease, start: int, end: int) -> Action | None:
+        """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request."""
+        job, stream, choice = self._job, self._stream, self._stream.choice
+
+        def is_over() -> bool:
+            return job.is_over() or lease.is_lost(choice.position, job.now())
+
+        with self._open(start, end, is_over) as answer:
+            read_into = reader(answer)
+            at = answer.offset
+            if at > start:
+                raise UnavailableError(answer.source, 0, "RANGE", "answered a later part")
+            buffer = memoryview(bytearray(BUFFER_SIZE))
+            action: Action | None = None
+            while at < end:
+                job.check()
+                # From a host that knows no ranges what is here already comes again.
+                room = (start if at < start else end) - at
+                count = read_into(buffer[: min(BUFFER_SIZE, room)])
+                if count == 0:
+                    if at <= start:
+                        raise UnavailableError(answer.source, 0, "CUT", "the body ended early")
+                    return None
+                job.count(answer.source, count)
+                if at >= start:
+                    action = stream.take(buffer[:count], ORIGIN)
+                at += count
+                if lease.is_lost(choice.position, job.now()):
+                    return action
+            # Past the end of the body's framing, so that the connection is free again. Whether
+            # what came is the blob is for its digest to tell.
+            with suppress(UnavailableError):
+                read_into(buffer[:1])
+            return action
+
+    def _open(self, start: int, end: int, is_over: Callable[[], bool]) -> BlobStream:
+        place, work = self._places[0], self._job.work
+        if end < work.descriptor.size and isinstance(place, Ranged):
+            part = place.open_range(work.reference, work.descriptor, start, end, is_over)
+            if part is not None:
+                return part
+        return place.open_blob(work.reference, work.descriptor, start, cancelled=is_over)
+
+    def _blame(self, error: StowrayError) -> None:
+        """Take note of an exchange that failed, and put the next place first."""
+        job, place = self._job, self._places[0]
+        job.retry()
+        job.last_error = error
+        blame(place, error)
+        if isinstance(error, UnavailableError) and error.status == _TOO_MANY:
+            with suppress(*OWNER_ERRORS):
+                self._leases.pause(_TOO_MANY_SECONDS)
+        if error.retryable:
+            self._places.append(self._places.pop(0))
+        elif len(self._places) > 1:
+            self._places.pop(0)
+        else:
+            job.hopeless = error

@@ -1,0 +1,316 @@
+"""One stripe on its way to this node: does what its source choice wants, and tells it what came.
+
+Invariant: one thread, so that the choice hears its events one after the other; bytes go from the
+peer's socket into one buffer and from there into the ingest. Whoever sent each of them is known,
+and whether it claimed that it had proven them.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from stowray.pipeline.copying import BUFFER_SIZE
+from stowray.pipeline.errors import NodeError, StowrayError
+from stowray.pipeline.origin_leases import Elsewhere, Granted
+from stowray.pipeline.peer_client import BusyError
+from stowray.pipeline.source_choice import (
+    ORIGIN,
+    Action,
+    AskLease,
+    Fetch,
+    GiveUp,
+    Pause,
+    Probe,
+    SourceChoice,
+)
+from stowray.pipeline.spread_job import Job, label
+from stowray.pipeline.spread_leases import stripe_key
+from stowray.pipeline.spread_origin import Lease, OriginReader
+from stowray.pipeline.spread_shared import OWNER_ERRORS
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from stowray.pipeline.peer_client import PeerStream
+    from stowray.pipeline.spread import Portion
+
+TICK_SECONDS: Final = 0.25
+# So long may the owner of the leases be silent while this stripe needs the origin.
+OWNER_SECONDS: Final = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Claim:
+    """What a source says of the bytes that it gives: their generation, and if they are proven."""
+
+    generation: int
+    complete: bool
+
+
+NO_CLAIM: Final = Claim(0, False)
+
+
+class StripeStream:
+    """See the module."""
+
+    def __init__(self, job: Job, portion: Portion, sources: Sequence[str]) -> None:
+        self.stripe = portion.stripe
+        self.key = stripe_key(job.digest, self.stripe.index, self.stripe.count)
+        self.lease: Lease | None = None
+        self._job = job
+        self._shared = job.shared
+        self._depth = portion.depth
+        self.resumed = self._find_start()
+        self.choice = SourceChoice(
+            sources,
+            self.stripe.length,
+            self._shared.standing,
+            self._shared.patience,
+            position=self.resumed,
+        )
+        self._origin = OriginReader(job, self)
+        self._has_peers = bool(sources)
+        # Where each source began, and what it said of its bytes.
+        self._spans: list[tuple[int, str, Claim]] = []
+        self._unheard_since: float | None = None
+
+    # -- what others want to know -----------------------------------------------------------------
+
+    @property
+    def claims(self) -> set[tuple[str, Claim]]:
+        """Who gave bytes, and what they said of these."""
+        return {(source, claim) for _, source, claim in self._spans}
+
+    @property
+    def givers(self) -> set[str]:
+        """Who gave bytes."""
+        return {source for _, source, _ in self._spans}
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether there is anybody but the origin to ask."""
+        return self._has_peers
+
+    def claimed(self, source: str) -> bool:
+        """Tell whether ``source`` said that what it gave was proven."""
+        return any(giver == source and claim.complete for giver, claim in self.claims)
+
+    def renew(self, now: float) -> None:
+        """Renew what the owner gave; called by another thread than the stripe's."""
+        self._origin.renew(now)
+
+    def giver(self, position: int) -> tuple[str, Claim] | None:
+        """Return who gave the byte at ``position`` and what that one said; None: an earlier run."""
+        number = bisect_right(self._spans, position, key=lambda span: span[0])
+        return self._spans[number - 1][1:] if number else None
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Bring all bytes of the stripe; raises what ends it."""
+        choice, pulse = self.choice, self._shared.pulse
+        self._announce()
+        pulse.add(choice)
+        try:
+            action: Action | None = None if choice.done else choice.begin(self._job.now())
+            while not choice.done:
+                self._job.check()
+                action = self._do(action)
+        finally:
+            pulse.remove(choice)
+            self.tell(None)
+        if ORIGIN in self.givers or self._depth <= 1:
+            # Those next to the origin tell that they have it, so that nobody reads it again.
+            with suppress(*OWNER_ERRORS):
+                self._shared.leases.has(self.key, self.stripe.length)
+
+    def take(self, view: memoryview, source: str, claim: Claim = NO_CLAIM) -> Action | None:
+        """Write bytes of the present source where they belong, and hear what is to be done."""
+        job, stripe, position = self._job, self.stripe, self.choice.position
+        if not self._spans or self._spans[-1][1:] != (source, claim):
+            self._spans.append((position, source, claim))
+        if stripe.count == 1:
+            job.ingest.write_at(position, view)
+        else:
+            at = 0
+            for start, end in stripe.ranges(position, position + len(view)):
+                job.ingest.write_at(start, view[at : at + end - start])
+                at += end - start
+            job.shown.advance(stripe.index, position + len(view))
+        self._shared.throttle.spend(len(view), job.is_over)
+        return self.choice.received(len(view), job.now())
+
+    def skip(self, count: int) -> Action | None:
+        """Pass over bytes that are in the ingest already."""
+        if self.stripe.count > 1:
+            self._job.shown.advance(self.stripe.index, self.choice.position + count)
+        return self.choice.received(count, self._job.now())
+
+    def tell(self, upstream: str | None) -> None:
+        """Tell this node's peers whom the stripe is read from."""
+        self._job.shown.tell(self.stripe.index, upstream)
+
+    # -- what the choice wants --------------------------------------------------------------------
+
+    def _do(self, action: Action | None) -> Action | None:
+        job, choice = self._job, self.choice
+        match action:
+            case Fetch(source, _):
+                return self._read_peer(source)
+            case AskLease():
+                return self._ask(action)
+            case Pause(until):
+                self.tell(None)
+                job.wait(until - job.now())
+            case GiveUp(reason):
+                raise job.hopeless or job.last_error or NodeError(job.digest, reason)
+            case _:
+                job.wait(TICK_SECONDS / 5)
+        return self.settle(choice.tick(job.now(), self._shared.pulse.expected))
+
+    def settle(self, action: Action | None) -> Action | None:
+        """Carry out a question, which does not end what is being read."""
+        job = self._job
+        while isinstance(action, Probe):
+            address = self._shared.address(action.source)
+            if not address:
+                return None  # as if it did not answer; the choice finds that out by itself
+            try:
+                told = self._shared.client.have(address, job.digest, self.stripe)
+            except NodeError:
+                return None
+            action = self.choice.told(job.now(), told.have, told.upstream)
+        return action
+
+    def tick(self) -> Action | None:
+        """Let the choice doubt the present source, and carry out its question."""
+        self._shared.pulse.beat()
+        expected = self._shared.pulse.expected
+        return self.settle(self.choice.tick(self._job.now(), expected))
+
+    # -- peers ------------------------------------------------------------------------------------
+
+    def _read_peer(self, source: str) -> Action | None:
+        job, choice = self._job, self.choice
+        address = self._shared.address(source)
+        if not address:
+            return choice.failed(job.now(), "nobody knows its address")
+        self.tell(source)
+        client = self._shared.client
+        try:
+            with client.open_stripe(address, job.digest, self.stripe, choice.position) as stream:
+                return self._take_from(stream, source)
+        except BusyError as busy:
+            return choice.busy(job.now(), busy.seconds)
+        except NodeError as error:
+            job.retry()
+            return choice.failed(job.now(), error.reason)
+
+    def _take_from(self, stream: PeerStream, source: str) -> Action | None:
+        job, choice = self._job, self.choice
+        while (head := stream.begin(TICK_SECONDS)) is None:
+            job.check()
+            action = self.tick()
+            if action is not None:
+                return action
+        action = self.settle(choice.started(job.now(), head.have))
+        if action is not None:
+            return action
+        tick_at = job.now() + TICK_SECONDS
+        name = label(source)
+        claim = Claim(head.generation, head.complete)
+        buffer: memoryview | None = None
+        is_holding = False
+        try:
+            while True:
+                job.check()
+                if not is_holding and stream.is_ready(TICK_SECONDS):
+                    self._get_slot()
+                    is_holding = True
+                count = None
+                if is_holding:
+                    buffer = buffer or memoryview(bytearray(BUFFER_SIZE))
+                    count = stream.read_into(buffer, TICK_SECONDS)
+                if count is not None and buffer is not None:
+                    job.count(name, count)
+                    action = self.take(buffer[:count], source, claim)
+                    if action is not None or choice.done:
+                        return self.settle(action)
+                elif is_holding:
+                    # Nothing flows: others may go on.
+                    self._shared.slots.release()
+                    is_holding = False
+                if count is None or job.now() >= tick_at:
+                    tick_at = job.now() + TICK_SECONDS
+                    action = self.tick()
+                    if action is not None:
+                        return action
+        finally:
+            if is_holding:
+                self._shared.slots.release()
+
+    def _get_slot(self) -> None:
+        """Wait for a slot; it is not the source that is slow meanwhile."""
+        while not self._shared.slots.acquire(timeout=TICK_SECONDS):
+            self._job.check()
+            self.choice.held_up(self._job.now())
+
+    # -- the origin -------------------------------------------------------------------------------
+
+    def _ask(self, wish: AskLease) -> Action | None:
+        job, choice = self._job, self.choice
+        self.tell(None)
+        asked = job.now()
+        try:
+            answer = self._shared.leases.ask(
+                self.key,
+                self.stripe.length,
+                wish.position,
+                failed=tuple({*wish.failed, *job.distrusted}),
+                slow=wish.slow,
+            )
+        except OWNER_ERRORS as error:
+            return self._go_on_unheard(error)
+        self._unheard_since = None
+        if isinstance(answer, Granted):
+            if job.hopeless is not None:
+                self._shared.leases.release(self.key)
+                raise job.hopeless
+            return self._origin.read(Lease(answer.start, answer.end, asked + answer.seconds))
+        if isinstance(answer, Elsewhere):
+            nodes = [node for node in answer.nodes if node not in job.distrusted]
+            seconds = min(1.0, answer.seconds)
+            return choice.elsewhere(job.now(), nodes, answer.end, seconds, reading=answer.reading)
+        return choice.later(job.now(), answer.seconds)
+
+    def _go_on_unheard(self, error: StowrayError) -> Action:
+        now = self._job.now()
+        if self._unheard_since is None:
+            self._unheard_since = now
+        if now - self._unheard_since >= OWNER_SECONDS:
+            raise error
+        return self.choice.later(now, 1.0)
+
+    # -- where to begin ---------------------------------------------------------------------------
+
+    def _find_start(self) -> int:
+        """Return how much of the stripe an earlier writer has left."""
+        position = 0
+        for start, end in self.stripe.ranges():
+            gap = self._job.ingest.gap(start, end)
+            if gap is not None:
+                return position + gap[0] - start
+            position += end - start
+        return position
+
+    def _announce(self) -> None:
+        """Show and tell what is there already."""
+        if not self.resumed:
+            return
+        if self.stripe.count > 1:
+            self._job.shown.advance(self.stripe.index, self.resumed)
+        with suppress(*OWNER_ERRORS):
+            self._shared.leases.has(self.key, self.stripe.length, 0, self.resumed)
