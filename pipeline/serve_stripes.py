@@ -42,6 +42,7 @@ Value = TypeVar("Value")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 _FIRST_LOOK, _LONGEST_LOOK = 0.005, 0.1
 _LIFE_SECONDS = 0.25
+_NOTHING: dict[str, object] = {"have": 0, "upstream": None, "generation": 0, "complete": False}
 
 
 @dataclass(slots=True)
@@ -300,6 +301,8 @@ class StripeAnswers:
         blob = self._blobs.get(digest)
         if blob is not None and blob.arriving is not None:
             return _told(blob.arriving, index, count, unit)
+        if blob is not None and not blob.has_begun and blob.watch is not None:
+            return _NOTHING  # it is looked for all the time
         return await self._in_pool(_have, self._store, digest, index, count, unit)
 
     async def _in_pool(self, function: Callable[..., Value], *arguments: Any) -> Value:
@@ -341,7 +344,7 @@ def _have(store: Store, digest: Digest, index: int, count: int, unit: int) -> di
     """Return how far a stripe is on this node, and whom it is read from."""
     found = _open_begun(store, digest)
     if found is None:
-        return {"have": 0, "upstream": None, "generation": 0, "complete": False}
+        return _NOTHING
     if isinstance(found, Arriving):
         try:
             return _told(found, index, count, unit)

@@ -117,7 +117,8 @@ class SpreadFetcher:
     def _download(self, portions: Sequence[Portion], work: Work, ingest: Ingest) -> None:
         work.tell("downloading", ingest.offset)
         places = places_of(self._origins, work.reference)
-        _Bringing(self._shared, work, ingest, portions, places).bring()
+        deadline = self._settings.deadline_seconds
+        _Bringing(self._shared, work, ingest, portions, places, deadline).bring()
         if work.by_source:
             work.source = max(work.by_source, key=lambda source: work.by_source[source])
 
@@ -154,6 +155,7 @@ class _Bringing:
         ingest: Ingest,
         portions: Sequence[Portion],
         places: Sequence[Origin | Place],
+        deadline_seconds: float,
     ) -> None:
         self._shared = shared
         self._work = work
@@ -161,7 +163,7 @@ class _Bringing:
         self._portions = sorted(portions, key=lambda portion: portion.stripe.index)
         stripe = self._portions[0].stripe
         shown = ingest.show_stripes(stripe.count, stripe.unit)
-        self._job = Job(shared, work, ingest, shown, places)
+        self._job = Job(shared, work, ingest, shown, places, deadline_seconds)
         self._inquiry = Inquiry(self._job)
         self._errors: list[BaseException] = []
         self._running = 0

@@ -33,12 +33,14 @@ class Job:
         ingest: Ingest,
         shown: StripeState,
         places: Sequence[Origin | Place],
+        deadline_seconds: float,
     ) -> None:
         self.shared = shared
         self.work = work
         self.ingest = ingest
         self.shown = shown
         self.places = list(places)
+        self.deadline_seconds = deadline_seconds  # without a byte
         self.digest = str(work.descriptor.digest)
         # Of these nothing is taken now: one of them may have sent wrong bytes.
         self.distrusted: Collection[str] = ()

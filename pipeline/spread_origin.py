@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 RENEW_SECONDS: Final = 1.0
 # A holder that is told to stop reads what it said it would: what is on its way in a moment.
-_LEAST_RUN_OUT: Final = 64 << 10
 _MOST_RUN_OUT: Final = 4 << 20
 _RUN_OUT_SECONDS: Final = 0.25
 _LINGER_SECONDS: Final = 2.0
@@ -74,6 +73,7 @@ class OriginReader:
         self._stream = stream
         self._leases = job.shared.leases
         self._places = list(job.places)
+        self.failures = 0  # how often in a row it was left
 
     def read(self, lease: Lease) -> Action | None:
         """Read what ``lease`` allows and return what the choice wants then."""
@@ -101,9 +101,9 @@ class OriginReader:
             return
         position = stream.choice.position
         rate = (position - lease.position) / (now - lease.renewed)
-        run_out = min(max(int(rate * _RUN_OUT_SECONDS), _LEAST_RUN_OUT), _MOST_RUN_OUT)
+        run_out = min(int(rate * _RUN_OUT_SECONDS), _MOST_RUN_OUT)
         # The last byte is never told before it is there: nothing left to renew is not a loss.
-        told = min(position + run_out, lease.end - 1)
+        told = max(position, min(position + run_out, lease.end - 1))
         lease.renewed, lease.position = now, position
         with suppress(*OWNER_ERRORS):
             seconds = self._leases.progress(stream.key, told)
@@ -158,12 +158,15 @@ class OriginReader:
                 gained = choice.position - before
                 failures = 0 if gained >= job.work.retries.policy.progress_size else failures + 1
                 self._blame(error)
+                if job.hopeless is not None and not stream.has_peers:
+                    raise
                 if failures >= _TRIES * len(self._places) or job.hopeless is not None:
+                    self.failures += 1
                     return choice.failed(job.now(), str(error))
                 if failures and failures % len(self._places) == 0:
                     job.wait(job.work.retries.uniform(0.5, 1.0) * _FIRST_WAIT * 2**failures)
             else:
-                failures = 0
+                failures = self.failures = 0
                 if action is not None or choice.done:
                     return action
             # Others may have waited for a connection longer than this stripe will.

@@ -40,6 +40,8 @@ if TYPE_CHECKING:
 TICK_SECONDS: Final = 0.25
 # So long may the owner of the leases be silent while this stripe needs the origin.
 OWNER_SECONDS: Final = 60.0
+# After so many times the patience with one that waits itself, this stripe looks further.
+_HUNGER: Final = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ class StripeStream:
             position=self.resumed,
         )
         self._origin = OriginReader(job, self)
-        self._has_peers = bool(sources)
+        self._sources = tuple(sources)
+        self._fed_at = self._asked_at = job.now()
         # Where each source began, and what it said of its bytes.
         self._spans: list[tuple[int, str, Claim]] = []
         self._unheard_since: float | None = None
@@ -92,7 +95,7 @@ class StripeStream:
     @property
     def has_peers(self) -> bool:
         """Whether there is anybody but the origin to ask."""
-        return self._has_peers
+        return bool(self._sources)
 
     def claimed(self, source: str) -> bool:
         """Tell whether ``source`` said that what it gave was proven."""
@@ -141,7 +144,8 @@ class StripeStream:
                 at += end - start
             job.shown.advance(stripe.index, position + len(view))
         self._shared.throttle.spend(len(view), job.is_over)
-        return self.choice.received(len(view), job.now())
+        self._fed_at = now = job.now()
+        return self.choice.received(len(view), now)
 
     def skip(self, count: int) -> Action | None:
         """Pass over bytes that are in the ingest already."""
@@ -156,7 +160,7 @@ class StripeStream:
     # -- what the choice wants --------------------------------------------------------------------
 
     def _do(self, action: Action | None) -> Action | None:
-        job, choice = self._job, self.choice
+        job = self._job
         match action:
             case Fetch(source, _):
                 return self._read_peer(source)
@@ -169,7 +173,7 @@ class StripeStream:
                 raise job.hopeless or job.last_error or NodeError(job.digest, reason)
             case _:
                 job.wait(TICK_SECONDS / 5)
-        return self.settle(choice.tick(job.now(), self._shared.pulse.expected))
+        return self.tick()
 
     def settle(self, action: Action | None) -> Action | None:
         """Carry out a question, which does not end what is being read."""
@@ -187,9 +191,24 @@ class StripeStream:
 
     def tick(self) -> Action | None:
         """Let the choice doubt the present source, and carry out its question."""
-        self._shared.pulse.beat()
-        expected = self._shared.pulse.expected
-        return self.settle(self.choice.tick(self._job.now(), expected))
+        shared, now = self._shared, self._job.now()
+        shared.pulse.beat()
+        if now - max(self._fed_at, self._asked_at) >= _HUNGER * shared.patience.starved:
+            return self._ask_anyway(now)
+        return self.settle(self.choice.tick(now, shared.pulse.expected))
+
+    def _ask_anyway(self, now: float) -> Action | None:
+        """Ask for a lease although there are sources: all may wait for one that will never begin.
+
+        A node whose disk is full, say, lives and serves, and never has this blob.
+        """
+        choice, shared = self.choice, self._shared
+        if self._origin.failures >= shared.patience.tries and self._job.last_error is not None:
+            raise self._job.last_error
+        if now - self._fed_at >= self._job.deadline_seconds:
+            raise NodeError(self._job.digest, "no node and no origin brings it")
+        failed = tuple(name for name in self._sources if shared.standing.has_failed(name))
+        return self._ask(AskLease(choice.position, failed))
 
     # -- peers ------------------------------------------------------------------------------------
 
@@ -263,7 +282,7 @@ class StripeStream:
     def _ask(self, wish: AskLease) -> Action | None:
         job, choice = self._job, self.choice
         self.tell(None)
-        asked = job.now()
+        asked = self._asked_at = job.now()
         try:
             answer = self._shared.leases.ask(
                 self.key,
