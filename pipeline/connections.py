@@ -2,7 +2,8 @@
 
 Invariant: connecting ends within its deadline whatever the number of addresses, an address that
 does not answer (a dead IPv6 route) delays the next one by less than two seconds, and no exchange
-runs over a socket that its watch does not know.
+runs over a socket that its watch does not know. A connection is kept for the next exchange only
+with the same peer, proxy and trust, and only when the answer before is over.
 """
 
 from __future__ import annotations
@@ -11,74 +12,93 @@ import errno
 import os
 import select
 import socket
+import threading
 import time
-from typing import TYPE_CHECKING, Any
-
-from urllib3.connection import HTTPConnection, HTTPSConnection
-from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from stowray.pipeline.errors import CancelledError, RegistryError, UnavailableError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    import ssl
 
+    from stowray.pipeline.endpoint import Connection
+    from stowray.pipeline.http1 import Wire
     from stowray.pipeline.watchdog import Watch
 
 POLL_SECONDS = 0.05
 HEAD_START_SECONDS = 1.5
+IDLE_CONNECTIONS = 16
 
 
-def pool_classes(
-    current: Callable[[], Watch], connect_seconds: float
-) -> dict[str, type[HTTPConnectionPool]]:
-    """Return pools by scheme whose connections report to the exchange of the calling thread."""
+class Peer(NamedTuple):
+    """Whom a connection leads to, through which proxy (``""`` for none), and by what trust."""
 
-    class WatchedHTTP(HTTPConnection):
-        def _new_conn(self) -> socket.socket:
-            return connect(self._dns_host, self.port, current(), connect_seconds)
+    scheme: str
+    host: str
+    port: int
+    proxy: str
+    connection: Connection
 
-        def connect(self) -> None:
-            super().connect()
-            current().attach(self.sock, reused=False)
 
-        def request(self, *args: Any, **options: Any) -> None:
-            if self.sock is not None:
-                current().attach(self.sock, reused=True)
-            super().request(*args, **options)
+class IdleConnections:
+    """Connections whose last answer is over; thread-safe."""
 
-    class WatchedHTTPS(HTTPSConnection):
-        fresh = False
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._idle: dict[Peer, list[Wire]] = {}
+        self._closed = False
 
-        def _new_conn(self) -> socket.socket:
-            made = connect(self._dns_host, self.port, current(), connect_seconds)
-            # Known before the handshake, which a peer can drag out as well.
-            current().attach(made, reused=False)
-            return made
+    def take(self, peer: Peer) -> Wire | None:
+        """Return the connection that was used last, if one is there that its peer did not close."""
+        while True:
+            with self._lock:
+                idle = self._idle.get(peer)
+                wire = idle.pop() if idle else None
+            if wire is None or not _is_readable(wire.socket):
+                return wire
+            # Closed by the peer, or it sent what nobody asked for.
+            wire.socket.close()
 
-        def connect(self) -> None:
-            super().connect()
-            self.fresh = True
-            current().attach(self.sock, reused=False)
+    def keep(self, peer: Peer, wire: Wire) -> None:
+        """Take a connection back; one too many is closed."""
+        with self._lock:
+            idle = self._idle.setdefault(peer, [])
+            if not self._closed and len(idle) < IDLE_CONNECTIONS:
+                idle.append(wire)
+                return
+        wire.socket.close()
 
-        def request(self, *args: Any, **options: Any) -> None:
-            if self.sock is not None:
-                current().attach(self.sock, reused=not self.fresh)
-            self.fresh = False
-            super().request(*args, **options)
+    def close(self) -> None:
+        """Close all that are here; those that come later are closed at once."""
+        with self._lock:
+            self._closed = True
+            idle = [wire for wires in self._idle.values() for wire in wires]
+            self._idle.clear()
+        for wire in idle:
+            wire.socket.close()
 
-    class WatchedHTTPPool(HTTPConnectionPool):
-        ConnectionCls = WatchedHTTP
 
-    class WatchedHTTPSPool(HTTPSConnectionPool):
-        ConnectionCls = WatchedHTTPS
+def _is_readable(connection: socket.socket) -> bool:
+    poller = select.poll()
+    poller.register(connection, select.POLLIN)
+    return bool(poller.poll(0))
 
-        def _validate_conn(self, conn: Any) -> None:
-            # The library's own would warn of each connection that is not verified: that is done by
-            # the user's word only, who need not be told.
-            if conn.is_closed:
-                conn.connect()
 
-    return {"http": WatchedHTTPPool, "https": WatchedHTTPSPool}
+def start_tls(
+    connection: socket.socket, context: ssl.SSLContext, host: str, watch: Watch
+) -> socket.socket:
+    """Return the connection with TLS upon it, its peer verified as ``context`` says."""
+    secured = context.wrap_socket(
+        connection, server_hostname=host.rstrip("."), do_handshake_on_connect=False
+    )
+    # Known before the handshake, which a peer can drag out as well. The plain one is empty now.
+    watch.attach(secured, reused=False)
+    try:
+        secured.do_handshake()
+    except BaseException:
+        secured.close()
+        raise
+    return secured
 
 
 def connect(host: str, port: int, watch: Watch, seconds: float) -> socket.socket:

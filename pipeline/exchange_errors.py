@@ -6,7 +6,7 @@ what no peer can cause is a mistake of ours and passes as it is.
 
 from __future__ import annotations
 
-from http.client import HTTPException, IncompleteRead
+import sys
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import (
@@ -15,6 +15,7 @@ from stowray.pipeline.errors import (
     StowrayError,
     UnavailableError,
 )
+from stowray.pipeline.http1 import CutError, MalformedError
 from stowray.pipeline.redact import host_of
 
 if TYPE_CHECKING:
@@ -41,9 +42,7 @@ def translated(error: Exception, watch: Watch) -> StowrayError:
         return verdict(watch)
     if isinstance(error, StowrayError):
         return error
-    from urllib3 import exceptions
-
-    if not isinstance(error, exceptions.HTTPError | HTTPException | OSError | ValueError):
+    if not isinstance(error, CutError | MalformedError | OSError | ValueError):
         # Nothing that a peer can cause: a mistake of ours must not look like a bad network.
         raise error
     return _translated(error, watch.url, watch.secrets)
@@ -51,40 +50,22 @@ def translated(error: Exception, watch: Watch) -> StowrayError:
 
 def is_stale(error: Exception) -> bool:
     """Return whether the server closed a kept-alive connection before it saw the request."""
-    from urllib3.exceptions import ProtocolError
-
-    cause = error.args[1] if isinstance(error, ProtocolError) and len(error.args) > 1 else error
-    # http.client.RemoteDisconnected is a ConnectionResetError.
-    return isinstance(cause, ConnectionResetError | BrokenPipeError)
+    return isinstance(error, ConnectionResetError | BrokenPipeError)
 
 
 def _translated(error: Exception, url: str, secrets: KnownSecrets) -> StowrayError:
-    import ssl
-
-    from urllib3 import exceptions
-
     detail = secrets.redact(str(error.args[-1] if error.args else error))
-    inner = error.args[-1] if error.args else None
-    for cause in (error, inner, error.__cause__, error.__context__):
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            reason = secrets.redact(cause.verify_message or str(cause))
-            return RegistryError(url, 0, "TLS", f"the certificate is not trusted: {reason}")
-    if isinstance(error, exceptions.ProxyError):
-        return UnavailableError(url, 0, "PROXY", detail)
-    if isinstance(error, exceptions.TimeoutError | TimeoutError):
+    # Without the module there is no error of it.
+    ssl = sys.modules.get("ssl")
+    if ssl is not None and isinstance(error, ssl.SSLCertVerificationError):
+        reason = secrets.redact(error.verify_message or str(error))
+        return RegistryError(url, 0, "TLS", f"the certificate is not trusted: {reason}")
+    if isinstance(error, TimeoutError):
         return UnavailableError(url, 0, "TIMEOUT", f"no answer from {host_of(url)} in time")
-    if isinstance(error, exceptions.SSLError | ssl.SSLError):
+    if ssl is not None and isinstance(error, ssl.SSLError):
         return UnavailableError(url, 0, "TLS", detail)
-    if isinstance(error, IncompleteRead) or isinstance(inner, IncompleteRead):
-        return UnavailableError(url, 0, "CUT", "the body ended early")
-    if isinstance(error, exceptions.ProtocolError):
-        code = "CUT"
-        if isinstance(inner, HTTPException) and not isinstance(inner, ConnectionError):
-            # Bytes that are not HTTP, too many headers, a broken chunk.
-            code = "PROTOCOL"
-        return UnavailableError(url, 0, code, detail)
-    if isinstance(error, exceptions.LocationValueError | ValueError):
+    if isinstance(error, MalformedError):
+        return UnavailableError(url, 0, "PROTOCOL", detail)
+    if isinstance(error, ValueError):
         return RegistryError(url, 0, "URL", detail)
-    if isinstance(error, exceptions.HTTPError | OSError | HTTPException):
-        return UnavailableError(url, 0, "CUT", detail)
-    return RegistryError(url, 0, "", detail)
+    return UnavailableError(url, 0, "CUT", detail)

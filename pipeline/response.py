@@ -7,18 +7,16 @@ back if the body was read to its end, and ends it otherwise.
 
 from __future__ import annotations
 
-import io
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from stowray.pipeline.errors import StowrayError, UnavailableError
+from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.exchange_errors import translated, verdict
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from urllib3 import BaseHTTPResponse
-
     from stowray.pipeline.clock import Clock
+    from stowray.pipeline.http1 import Answer
     from stowray.pipeline.known_secrets import KnownSecrets
     from stowray.pipeline.watchdog import Watch, Watchdog
 
@@ -31,17 +29,23 @@ class Response:
     """Status, headers and the body as it arrives; to be closed on every path."""
 
     def __init__(
-        self, raw: BaseHTTPResponse, watch: Watch, watchdog: Watchdog, clock: Clock, url: str
+        self,
+        answer: Answer,
+        watch: Watch,
+        watchdog: Watchdog,
+        clock: Clock,
+        url: str,
+        give_back: Callable[[], None],
     ) -> None:
-        self._raw = raw
+        self._answer = answer
         self._watch = watch
         self._watchdog = watchdog
         self._clock = clock
         self._open = True
         self._release: Callable[[], None] | None = None
-        self._direct = _direct_body(raw)
+        self._give_back = give_back
         self.url = url
-        self.status = int(raw.status)
+        self.status = answer.status
 
     @property
     def shown_url(self) -> str:
@@ -69,7 +73,7 @@ class Response:
 
     def header_values(self, name: str) -> list[str]:
         """Return every value of a header that came several times."""
-        return [str(value) for value in self._raw.headers.getlist(name)]
+        return self._answer.values(name)
 
     def read(self, limit: int) -> bytes:
         """Return the rest of the body, or ``limit`` + 1 bytes of one that is longer."""
@@ -88,7 +92,7 @@ class Response:
         watch = self._watch
         watch.waiting_since = begun = self._clock.monotonic()
         try:
-            piece = self._raw.read1(size, decode_content=False) or b""
+            piece = self._answer.read(size)
         except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
             raise translated(error, watch) from None
         finally:
@@ -100,32 +104,11 @@ class Response:
         return piece
 
     def read_into(self, buffer: memoryview) -> int:
-        """Fill the start of ``buffer`` with what has arrived; 0 at the end of the body.
-
-        Bytes go from the socket straight into the buffer, as far as that can be done; the first
-        and the last piece pass through the library, which keeps its own accounts of a body's end.
-        """
-        direct = self._direct
-        if direct is None or direct.left <= len(buffer):
-            piece = self.read_piece(len(buffer))
-            buffer[: len(piece)] = piece
-            if direct is not None:
-                direct.left -= len(piece)
-                direct.buffered -= len(piece)
-            return len(piece)
-        if direct.buffered > 0:
-            # http.client may have read the beginning of the body together with the headers. A
-            # short read means that its buffer is empty now.
-            piece = self.read_piece(len(buffer))
-            buffer[: len(piece)] = piece
-            direct.left -= len(piece)
-            short = len(piece) < len(buffer)
-            direct.buffered = 0 if short else direct.buffered - len(piece)
-            return len(piece)
+        """Fill the start of ``buffer`` with what has arrived; 0 at the end of the body."""
         watch = self._watch
         watch.waiting_since = begun = self._clock.monotonic()
         try:
-            count = direct.read_into(buffer)
+            count = self._answer.read_into(buffer)
         except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
             raise translated(error, watch) from None
         finally:
@@ -134,8 +117,6 @@ class Response:
         watch.received += count
         if watch.verdict:
             raise verdict(watch)
-        if count == 0:
-            raise UnavailableError(self.shown_url, 0, "CUT", "the body ended early")
         return count
 
     def finish(self) -> None:
@@ -159,9 +140,7 @@ class Response:
             return
         self._open = False
         self._watchdog.remove(self._watch)
-        # After the end of the body the connection is in its pool already and this closes nothing.
-        self._raw.close()
-        self._raw.release_conn()
+        self._give_back()
         if self._release is not None:
             self._release()
 
@@ -170,35 +149,3 @@ class Response:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class _DirectBody:
-    """Reads a body of known length from the socket, past the library's buffers."""
-
-    def __init__(self, raw: Any, answer: Any, stream: Any, left: int) -> None:
-        self.left = left
-        self.buffered = io.DEFAULT_BUFFER_SIZE
-        self._raw = raw
-        self._answer = answer
-        self._stream = stream
-
-    def read_into(self, buffer: memoryview) -> int:
-        # Never the last byte: with that one the library has to see the body end.
-        count = int(self._stream.readinto(buffer[: self.left - 1]) or 0)
-        self.left -= count
-        self._answer.length -= count
-        self._raw.length_remaining -= count
-        return count
-
-
-def _direct_body(raw: Any) -> _DirectBody | None:
-    # Not everything that urllib3 may hand out has these parts; without them bodies are read the
-    # common way.
-    answer = getattr(raw, "_fp", None)
-    stream = getattr(getattr(answer, "fp", None), "raw", None)
-    length = getattr(answer, "length", None)
-    if getattr(answer, "chunked", True) or not isinstance(length, int):
-        return None
-    if not hasattr(stream, "readinto") or raw.length_remaining != length:
-        return None
-    return _DirectBody(raw, answer, stream, length)

@@ -9,16 +9,20 @@ foreign exception passes.
 
 from __future__ import annotations
 
-import logging
 import threading
+from base64 import b64encode
+from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
+from urllib.parse import quote, unquote, urlsplit
 
-from stowray.pipeline.addresses import is_refused_peer
+from stowray.pipeline.addresses import DEFAULT_PORTS, is_refused_peer, origin_of
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.connections import IdleConnections, Peer, connect, start_tls
 from stowray.pipeline.endpoint import Connection
-from stowray.pipeline.errors import UsageError
+from stowray.pipeline.errors import UnavailableError, UsageError
 from stowray.pipeline.exchange_errors import is_stale, translated, verdict
+from stowray.pipeline.http1 import Wire
 from stowray.pipeline.known_secrets import KnownSecrets
 from stowray.pipeline.proxies import Proxies
 from stowray.pipeline.redact import host_of, public_url, url_secrets
@@ -26,33 +30,16 @@ from stowray.pipeline.response import Response
 from stowray.pipeline.watchdog import Watch, Watchdog
 
 if TYPE_CHECKING:
-    import ssl
     from collections.abc import Callable, Iterable
+    from socket import socket
+    from ssl import SSLContext, SSLSocket
 
-    from urllib3 import PoolManager
+    from stowray.pipeline.http1 import Answer
 
-IDLE_CONNECTIONS = 16
 USER_AGENT = "stowray"
+# Signs that stand for themselves in a URL (RFC 3986), and the % of what is escaped already.
+_UNESCAPED = "!$%&'()*+,/:;=?@-._~[]"
 PLAIN_CONNECTION = Connection()
-LIBRARY_LOGGER = "urllib3.connectionpool"
-
-
-class _QuietQueries(logging.Filter):
-    """Takes queries, which may be signed, and logins out of what the library logs of us."""
-
-    def __init__(self, current: threading.local, secrets: KnownSecrets) -> None:
-        super().__init__()
-        self._current = current
-        self._secrets = secrets
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """Change the record's arguments; nothing of other users of the library is touched."""
-        if getattr(self._current, "watch", None) is not None and isinstance(record.args, tuple):
-            record.args = tuple(
-                self._secrets.url(argument) if isinstance(argument, str) else argument
-                for argument in record.args
-            )
-        return True
 
 
 class Transport:
@@ -76,11 +63,9 @@ class Transport:
         self._proxies = proxies or Proxies()
         self.secrets = KnownSecrets(self._proxies.secrets)
         self._lock = threading.Lock()
-        self._managers: dict[tuple[str, Connection], PoolManager] = {}
-        self._contexts: dict[Connection, ssl.SSLContext] = {}
-        self._current = threading.local()
+        self._idle = IdleConnections()
+        self._contexts: dict[Connection, SSLContext] = {}
         self._peers: dict[str, str] = {}  # at which address a registry was reached
-        self._quiet = _QuietQueries(self._current, self.secrets)
 
     def exchange(
         self,
@@ -103,55 +88,39 @@ class Transport:
         ``sent_by`` is the registry whose redirect or challenge names ``url``; ``is_foreign`` tells
         that somebody else than us wrote it, so that it is shown with care.
         """
-        from urllib3 import HTTPHeaderDict, Timeout
-
-        sent = HTTPHeaderDict()
-        sent.add("User-Agent", USER_AGENT)
-        sent.add("Accept-Encoding", "identity")
         headers = tuple(headers)
-        for name, value in headers:
-            sent.add(name, value)
         # Whoever gets it may quote it in what it answers.
         self.secrets.learn_request(url, headers, body)
         shown = self.secrets.url(url) if is_foreign else public_url(url)
-        manager = self._manager(url, connection)
         connect_seconds = connection.connect_seconds or self._connect_seconds
-        timeout = Timeout(connect=connect_seconds, read=self._stall_seconds)
         while True:
             now = self.clock.monotonic()
             limit = patience_seconds or connect_seconds + self._stall_seconds
             watch = Watch(shown, cancelled, now, now + limit, self.secrets)
-            if sent_by and not self._proxies.choose(url):
-                watch.refuses = partial(is_refused_peer, registry_peer=self._peers.get(sent_by, ""))
-            self._current.watch = watch
             self.watchdog.add(watch)
             try:
-                raw = manager.urlopen(
-                    method,
-                    url,
-                    headers=sent,
-                    body=body,
-                    timeout=timeout,
-                    redirect=False,
-                    retries=False,
-                    preload_content=False,
-                    decode_content=False,
-                )
+                peer = self._peer(url, connection)
+                if sent_by and not peer.proxy:
+                    known = self._peers.get(sent_by, "")
+                    watch.refuses = partial(is_refused_peer, registry_peer=known)
+                wire = self._connected(peer, watch, connect_seconds)
+                answer = self._ask(wire, peer, method, url, headers, body)
             except Exception as error:  # noqa: BLE001 - translated, or raised again when it is a mistake
                 self.watchdog.remove(watch)
+                _drop(watch)
                 if watch.reused and not watch.verdict and is_stale(error):
                     continue
                 # Not with its cause, which may quote the whole of a signed URL.
                 raise translated(error, watch) from None
             except BaseException:
                 self.watchdog.remove(watch)
+                _drop(watch)
                 raise
-            finally:
-                self._current.watch = None
             watch.in_body = True
             if watch.peer and not sent_by:
                 self._peers[host_of(url)] = watch.peer
-            response = Response(raw, watch, self.watchdog, self.clock, url)
+            give_back = partial(self._give_back, peer, wire, answer)
+            response = Response(answer, watch, self.watchdog, self.clock, url, give_back)
             if watch.verdict:
                 response.close()
                 raise verdict(watch)
@@ -165,58 +134,108 @@ class Transport:
     def close(self) -> None:
         """Close all connections and end all exchanges."""
         self.watchdog.close()
-        with self._lock:
-            managers = list(self._managers.values())
-            self._managers.clear()
-        for manager in managers:
-            manager.clear()
-        logging.getLogger(LIBRARY_LOGGER).removeFilter(self._quiet)
+        self._idle.close()
 
-    def _manager(self, url: str, connection: Connection) -> PoolManager:
-        # Pools are never shared by connections of different trust.
+    # -- connections ------------------------------------------------------------------------------
+
+    def _peer(self, url: str, connection: Connection) -> Peer:
+        # Connections are never shared by what has different trust.
         proxy = connection.proxy or self._proxies.choose(url)
         if connection.proxy:
             self.secrets.learn(*url_secrets(proxy))
-        key = (proxy, connection)
-        with self._lock:
-            manager = self._managers.get(key)
-            if manager is None:
-                seconds = connection.connect_seconds or self._connect_seconds
-                manager = self._managers[key] = self._new_manager(proxy, seconds)
-            if url.startswith("https:"):
-                context = self._contexts.get(connection)
-                if context is None:
-                    context = self._contexts[connection] = self._tls(connection)
-                manager.connection_pool_kw["ssl_context"] = context
-            return manager
+        scheme, host, port = origin_of(url)
+        if scheme not in DEFAULT_PORTS or not host:
+            raise ValueError("not an http(s) URL")
+        return Peer(scheme, host, port, proxy, connection)
 
-    def _new_manager(self, proxy: str, connect_seconds: float) -> PoolManager:
-        from urllib3 import PoolManager, ProxyManager, make_headers
-
-        logging.getLogger(LIBRARY_LOGGER).addFilter(self._quiet)
-
-        from stowray.pipeline.connections import pool_classes
-
-        if proxy:
-            from urllib3.util import parse_url
-
-            auth = parse_url(proxy).auth
-            manager: PoolManager = ProxyManager(
-                proxy,
-                num_pools=64,
-                maxsize=IDLE_CONNECTIONS,
-                proxy_headers=make_headers(proxy_basic_auth=auth) if auth else None,
-            )
+    def _connected(self, peer: Peer, watch: Watch, seconds: float) -> Wire:
+        """Return a connection that ``watch`` knows: one that was kept, or a new one."""
+        wire = self._idle.take(peer)
+        if wire is not None:
+            watch.attach(wire.socket, reused=True)
+            return wire
+        # Before anything is connected: files of the user's may not be what they should.
+        context = self._context(peer.connection) if peer.scheme == "https" else None
+        if peer.proxy:
+            made = self._through_proxy(peer, context, watch, seconds)
         else:
-            manager = PoolManager(num_pools=64, maxsize=IDLE_CONNECTIONS)
-        classes = pool_classes(lambda: self._current.watch, connect_seconds)
-        manager.pool_classes_by_scheme = classes
-        return manager
+            made = connect(peer.host, peer.port, watch, seconds)
+            watch.attach(made, reused=False)
+            if context is not None:
+                made = start_tls(made, context, peer.host, watch)
+        made.settimeout(self._stall_seconds)
+        return Wire(made)
 
-    def _tls(self, connection: Connection) -> ssl.SSLContext:
+    def _through_proxy(
+        self, peer: Peer, context: SSLContext | None, watch: Watch, seconds: float
+    ) -> socket:
+        """Return a connection by way of the proxy on which the origin can be spoken to."""
+        scheme, host, port = origin_of(peer.proxy)
+        made = connect(host, port, watch, seconds)
+        watch.attach(made, reused=False)
+        if scheme == "https":
+            made = start_tls(made, self._context(PLAIN_CONNECTION), host, watch)
+        if context is None:
+            return made
+        there = _authority(peer.host, peer.port)
+        wire = Wire(made)
+        wire.send("CONNECT", there, (("Host", there), *proxy_login(peer.proxy)), b"")
+        answer = wire.answer("CONNECT")
+        if answer.status >= 300 or not wire.is_drained:
+            detail = f"the proxy refuses to connect: {answer.status}"
+            raise UnavailableError(watch.url, 0, "PROXY", detail)
+        if scheme == "http":
+            return start_tls(made, context, peer.host, watch)
+        # TLS within TLS, which the standard library's sockets do not do.
+        from urllib3.util.ssltransport import SSLTransport
+
+        within: Any = SSLTransport(cast("SSLSocket", made), context, peer.host)
+        return cast("socket", within)
+
+    def _ask(
+        self,
+        wire: Wire,
+        peer: Peer,
+        method: str,
+        url: str,
+        headers: tuple[tuple[str, str], ...],
+        body: bytes | None,
+    ) -> Answer:
+        """Send a request and read the head of its answer."""
+        is_default = peer.port == DEFAULT_PORTS[peer.scheme]
+        host = _authority(peer.host, None if is_default else peer.port)
+        target = request_target(url)
+        fields = [("Host", host), ("User-Agent", USER_AGENT), ("Accept-Encoding", "identity")]
+        if peer.proxy and peer.scheme == "http":
+            target = f"http://{host}{target}"
+            fields += proxy_login(peer.proxy)
+        fields += headers
+        if body is not None:
+            fields.append(("Content-Length", str(len(body))))
+        with suppress(BrokenPipeError):
+            # A server that takes no more may have said why.
+            wire.send(method, target, fields, body or b"")
+        return wire.answer(method)
+
+    def _give_back(self, peer: Peer, wire: Wire, answer: Answer) -> None:
+        if answer.is_reusable:
+            self._idle.keep(peer, wire)
+        else:
+            wire.socket.close()
+
+    def _context(self, connection: Connection) -> SSLContext:
+        with self._lock:
+            context = self._contexts.get(connection)
+            if context is None:
+                context = self._contexts[connection] = self._tls(connection)
+            return context
+
+    def _tls(self, connection: Connection) -> SSLContext:
+        # Not needed for a registry on loopback, and slow to import.
         import ssl
 
         context = ssl.create_default_context()
+        context.set_alpn_protocols(["http/1.1"])
         named = [("registry.ca_file", self._ca_file)] if self._ca_file else []
         for subject, file in [*named, *((file, file) for file in connection.ca_files)]:
             try:
@@ -236,3 +255,32 @@ class Transport:
             context.check_hostname = False
             context.verify_mode = ssl.CERT_NONE
         return context
+
+
+def _drop(watch: Watch) -> None:
+    """Close the connection of an exchange that failed."""
+    connection = watch.connection
+    if connection is not None:
+        watch.attach(None, reused=watch.reused)
+        connection.close()
+
+
+def _authority(host: str, port: int | None) -> str:
+    name = f"[{host}]" if ":" in host else host
+    return name if port is None else f"{name}:{port}"
+
+
+def request_target(url: str) -> str:
+    """Return path and query of ``url`` as they are sent; what may not stand there is escaped."""
+    split = urlsplit(url)
+    target = f"{split.path or '/'}?{split.query}" if split.query else split.path or "/"
+    return quote(target, safe=_UNESCAPED)
+
+
+def proxy_login(proxy: str) -> list[tuple[str, str]]:
+    """Return the header with the login that a proxy's URL holds, if it holds one."""
+    split = urlsplit(proxy)
+    if split.username is None:
+        return []
+    login = f"{unquote(split.username)}:{unquote(split.password or '')}"
+    return [("Proxy-Authorization", f"Basic {b64encode(login.encode()).decode()}")]
