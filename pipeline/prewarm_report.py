@@ -234,7 +234,8 @@ class PrewarmReport:
         """Whether at least the fraction of nodes is ready that the plan asked for."""
         from stowray.pipeline.prewarm_plan import FailurePolicy
 
-        counted = [node for node in self.nodes if node.state != "skipped"]
+        # Who was left out for a reason that is no error is not waited for.
+        counted = [node for node in self.nodes if node.state != "skipped" or node.error]
         ready = sum(node.state == "ready" for node in counted)
         return FailurePolicy(minimum_ready=self.minimum_ready).is_enough(ready, len(counted))
 

@@ -58,6 +58,7 @@ class PrewarmPicture:
         self._sums: dict[str, tuple[float, float]] = {}
         self._changed: set[str] = set()
         self._samples: deque[tuple[float, int, int, float]] = deque()
+        self._flow = _Flow()
 
     @property
     def report(self) -> PrewarmReport:
@@ -80,6 +81,8 @@ class PrewarmPicture:
                 work[1] += max(0, event.total - total)
                 self._seen[event.key] = (max(event.current, current), max(event.total, total))
                 self._changed.add(event.node)
+                if event.kind == "blob":
+                    self._flow.see(event)
 
     def take(self, report: PrewarmReport) -> None:
         """Take in the report so far."""
@@ -114,11 +117,14 @@ class PrewarmPicture:
             # 100 % is said when it is true, not when it is nearly so.
             nearly = min(reached / weight, 0.99) if weight else 0.0
             self._fraction = 1.0 if ended else max(self._fraction, nearly)
-            origin_rate, peer_rate, eta = self._rates(report)
+            origin, peers = report.origin_bytes, report.peer_bytes
+            if not ended:
+                origin, peers = max(origin, self._flow.origin), max(peers, self._flow.peers)
+            origin_rate, peer_rate, eta = self._rates(origin, peers)
             return Figures(
                 fraction=self._fraction,
-                origin_bytes=report.origin_bytes,
-                peer_bytes=report.peer_bytes,
+                origin_bytes=origin,
+                peer_bytes=peers,
                 origin_rate=origin_rate,
                 peer_rate=peer_rate,
                 eta=0.0 if ended else eta,
@@ -148,21 +154,55 @@ class PrewarmPicture:
         self._reached[key] = reached = max(reached, self._reached.get(key, 0.0))
         return reached
 
-    def _rates(self, report: PrewarmReport) -> tuple[float, float, float | None]:
+    def _rates(self, origin: int, peers: int) -> tuple[float, float, float | None]:
         now = self._clock.monotonic()
         samples = self._samples
-        samples.append((now, report.origin_bytes, report.peer_bytes, self._fraction))
+        samples.append((now, origin, peers, self._fraction))
         while len(samples) > 2 and samples[1][0] <= now - RATE_SECONDS:
             samples.popleft()
-        then, origin, peers, fraction = samples[0]
+        then, origin_then, peers_then, fraction = samples[0]
         seconds = now - then
         if seconds <= 0:
             return 0.0, 0.0, None
         pace = (self._fraction - fraction) / seconds
         eta = (1.0 - self._fraction) / pace if pace > 0 else None
-        origin_rate = max(0, report.origin_bytes - origin) / seconds
-        peer_rate = max(0, report.peer_bytes - peers) / seconds
+        origin_rate = max(0, origin - origin_then) / seconds
+        peer_rate = max(0, peers - peers_then) / seconds
         return origin_rate, peer_rate, eta
+
+
+class _Flow:
+    """Bytes on their way, told apart before the nodes report their sources.
+
+    Each byte comes from the origin once. So of a blob that no node had, what the furthest node has
+    by now came from there, and all else from nodes. The report's figures take over at the end.
+    """
+
+    def __init__(self) -> None:
+        self.origin = 0
+        self.peers = 0
+        self._furthest: dict[str, int] = {}
+        self._here: dict[tuple[str, str], int] = {}
+
+    def see(self, event: Event) -> None:
+        """Take in one event of a blob."""
+        place = (event.node, event.id)
+        before = self._here.get(place)
+        if event.status == "exists":
+            if before is None:
+                self._here[place] = event.current
+                # Somebody has all of it: nothing of it comes from the origin any more.
+                self._furthest[event.id] = max(event.current, self._furthest.get(event.id, 0))
+            return
+        came = event.current - (before or 0)
+        if came <= 0:
+            self._here.setdefault(place, 0)
+            return
+        self._here[place] = event.current
+        further = max(0, event.current - self._furthest.get(event.id, 0))
+        self._furthest[event.id] = self._furthest.get(event.id, 0) + further
+        self.origin += min(further, came)
+        self.peers += came - min(further, came)
 
 
 def node_cells(report: PrewarmReport) -> dict[str, list[Cell]]:

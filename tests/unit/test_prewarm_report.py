@@ -246,6 +246,8 @@ def test_enough_counts_the_nodes_that_are_wanted(
 ) -> None:
     rows = tuple(NodeRow(str(number), state=state) for number, state in enumerate(states))
     assert PrewarmReport(nodes=rows, minimum_ready=minimum).enough is enough
+    left_out = NodeRow("later", state="skipped", error=NODE)
+    assert not PrewarmReport(nodes=(*rows, left_out), minimum_ready=1.0).enough
 
 
 def test_a_receipt_holds_one_node_only() -> None:
