@@ -347,6 +347,9 @@ class Lanes:
                 left = self._ingest.size - self._ingest.offset
                 size = part_size(self._climb.rate, left, self._climb.wanted)
                 window = 2 * size * max(2, self._climb.wanted)
+                if is_first and self._climb.is_over and self._climb.wanted == 1:
+                    # Others bring nothing: each further request would only cost its way there.
+                    size = self._ingest.size
                 part = self._parts.take(size, self._ingest.offset, window)
                 if part is not None:
                     # An earlier run may have left bytes there.

@@ -61,12 +61,17 @@ def uniform(low: float, high: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RetryPolicy:
-    """How patient we are with one source; sizes in bytes."""
+    """How patient we are with one source; sizes in bytes.
+
+    Who brought ``progress_size`` need not be waited for before the next attempt; attempts that
+    brought ``least_progress`` together do not count as failed.
+    """
 
     attempts: int = 6
     base_seconds: float = 0.25
     longest_seconds: float = 20.0
     progress_size: int = 1 << 20
+    least_progress: int = 64 << 10
     deadline_seconds: float = 900.0
 
 
@@ -80,12 +85,15 @@ class Retries:
     uniform: Callable[[float, float], float] = uniform
     count: int = 0
     _row: int = 0
+    _gained: int = 0
     _since: float | None = None
 
     def progressed(self, size: int) -> None:
         """Note that an attempt brought ``size`` new bytes before it ended."""
-        if size >= self.policy.progress_size:
-            self._row = 0
+        # A connection that is reset loses what was on its way: often most of a short answer.
+        self._gained += size
+        if self._gained >= self.policy.least_progress:
+            self._row = self._gained = 0
             self._since = None
 
     def pause(
@@ -110,7 +118,7 @@ class Retries:
         if now - self._since >= self.policy.deadline_seconds:
             raise error
         limit = min(self.policy.longest_seconds, self.policy.base_seconds * 2**row)
-        wait(self.uniform(limit / 4, limit), self.clock, cancelled, self.what)
+        wait(self.uniform(0.0, limit), self.clock, cancelled, self.what)
 
 
 def wait(

@@ -109,6 +109,9 @@ class CountingProxy:
             client.close()
             return
         upstream.settimeout(None)
+        # As real ones do: else the end of each answer waits for an acknowledgement that is delayed.
+        for one in (client, upstream):
+            one.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         with self._lock:
             self._sockets |= {client, upstream}
         try:

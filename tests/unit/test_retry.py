@@ -82,8 +82,8 @@ def test_jitter_is_drawn_below_the_limit() -> None:
     attempts = Retries("x", RetryPolicy(base_seconds=1.0), time.clock, uniform)
     attempts.pause(DOWN)
     attempts.pause(DOWN)
-    assert drawn == [(0.25, 1.0), (0.5, 2.0)]
-    assert time.now == pytest.approx(0.75)
+    assert drawn == [(0.0, 1.0), (0.0, 2.0)]
+    assert time.now == pytest.approx(0.0)
 
 
 def test_the_last_attempt_raises_its_own_error() -> None:
@@ -103,13 +103,33 @@ def test_what_is_not_retryable_is_raised_at_once() -> None:
 
 
 def test_progress_starts_the_count_anew() -> None:
-    attempts = retries(FakeTime(), attempts=2, progress_size=100)
+    attempts = retries(FakeTime(), attempts=2, least_progress=100)
     for _ in range(50):
         attempts.progressed(100)
         attempts.pause(DOWN)
     attempts.progressed(99)
     with pytest.raises(UnavailableError):
         attempts.pause(DOWN)
+
+
+def test_small_steps_of_progress_add_up() -> None:
+    attempts = retries(FakeTime(), attempts=4, least_progress=100)
+    for _ in range(50):
+        attempts.progressed(40)
+        attempts.pause(DOWN)
+    with pytest.raises(UnavailableError):
+        for _ in range(5):
+            attempts.progressed(10)
+            attempts.pause(DOWN)
+
+
+def test_progress_begins_another_deadline() -> None:
+    time = FakeTime()
+    attempts = retries(time, attempts=100, least_progress=100, deadline_seconds=10.0)
+    for _ in range(10):
+        attempts.pause(DOWN)
+        time.now += 9.0
+        attempts.progressed(100)
 
 
 def test_a_heavy_failure_counts_for_several() -> None:
