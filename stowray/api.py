@@ -271,7 +271,7 @@ def status(
     progress = Progress()
     run = _prewarm_run(references, file, lock, False, store, platforms, plan, settings, progress)
     try:
-        return run.status(repair)
+        return run.status(repair, never)
     finally:
         run.close()
         progress.close()

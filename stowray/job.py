@@ -41,13 +41,13 @@ class Run(Protocol):
 
     on_change: Callable[[PrewarmReport], None]
 
-    def plan(self) -> ClusterPlan:
+    def plan(self, cancelled: Callable[[], bool]) -> ClusterPlan:
         """Return what :meth:`run` would do."""
 
     def run(self, cancelled: Callable[[], bool]) -> PrewarmReport:
         """Do it; ``cancelled`` is polled."""
 
-    def status(self, repair: bool) -> PrewarmReport:
+    def status(self, repair: bool, cancelled: Callable[[], bool]) -> PrewarmReport:
         """Look what is there; ``repair`` brings what is missing."""
 
     def close(self) -> None:
@@ -61,14 +61,17 @@ def make_run(
     progress: Progress,
     lock: Path | None = None,
     watch: bool = False,
+    embedded_nodes: int = 1,
 ) -> Run:
-    """Return the run of ``plan`` on the Ray that the settings name; nothing is started yet."""
-    from importlib import import_module
+    """Return the run of ``plan`` on the Ray that the settings lead to; nothing is started yet.
 
-    run: Run = import_module("stowray.actors.prewarm").PrewarmRun(
-        plan, settings, progress=progress, lock=lock, watch=watch
+    Where there is no Ray, one is started on this machine, with ``embedded_nodes`` nodes.
+    """
+    from stowray.actors.prewarm import PrewarmRun
+
+    return PrewarmRun(
+        plan, settings, progress=progress, lock=lock, watch=watch, embedded_nodes=embedded_nodes
     )
-    return run
 
 
 class Job:

@@ -161,7 +161,7 @@ def status_command(
     plan = _plan(context, references, file, options)
     outputs = Outputs(reports, None)
     with Running(context) as running:
-        report = running.make(plan, file, lock, watch=False).status(repair)
+        report = running.make(plan, file, lock, watch=False).status(repair, running.cancelled)
     return tell(context, report, outputs)
 
 
@@ -169,7 +169,7 @@ def plan_file(context: Context, file: Path, references: Sequence[str]) -> int:
     """Print what a pre-warm run of the plan in ``file`` would do, and return the exit status."""
     plan = _plan(context, references, file, {})
     with Running(context) as running:
-        cluster = running.make(plan, file, None, watch=False).plan()
+        cluster = running.make(plan, file, None, watch=False).plan(running.cancelled)
     if context.json:
         total = {"reference": None, "node": None, "plan": cluster.to_dict()}
         for result in (*cluster.results(), total):

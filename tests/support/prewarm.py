@@ -89,7 +89,7 @@ class ScriptedRun:
     def __post_init__(self) -> None:
         self.on_change: Callable[[PrewarmReport], None] = lambda _report: None
 
-    def plan(self) -> ClusterPlan:
+    def plan(self, _cancelled: Callable[[], bool]) -> ClusterPlan:
         """Return what the test gave."""
         assert self.cluster_plan is not None
         return self.cluster_plan
@@ -105,7 +105,7 @@ class ScriptedRun:
             raise self.error
         return self.steps[-1]
 
-    def status(self, repair: bool) -> PrewarmReport:
+    def status(self, repair: bool, _cancelled: Callable[[], bool]) -> PrewarmReport:
         """Return the last step as what `status` found."""
         self.repaired.append(repair)
         return replace(self.steps[-1], command="status")
