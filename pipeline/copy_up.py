@@ -84,8 +84,9 @@ class CopyUp:
         """Return where the second name of a new copy of ``node`` belongs."""
         if self._holder is None:
             os.mkdir(self._path, 0o700)
-            self._holder = Directory(None, b"", ENTERED)
-            self._holder.descriptor = os.open(self._path, tree_ops.OPEN_DIRECTORY)
+            holder = Directory(None, b"", ENTERED)
+            holder.descriptor = os.open(self._path, tree_ops.OPEN_DIRECTORY)
+            self._holder = holder
         name = b"%d" % len(self._copies)
         self._copies[node.inode] = (name, node)
         return self._holder, name
