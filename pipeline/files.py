@@ -25,6 +25,9 @@ PROBE = ".probe-"
 # What a process of ours asks for; far above what any tree needs, below what slows a close-all loop.
 DESCRIPTORS = 65_536
 
+# Errors that say nothing of the file: this process or machine has run out of something.
+SCARCITY = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+
 _ADVICE = {
     errno.ENOSPC: "the disk is full: free space (`stowray gc`) or choose another --store",
     errno.EDQUOT: "the disk quota is used up: free space (`stowray gc`) or ask for more",
@@ -35,6 +38,7 @@ _ADVICE = {
     errno.EIO: "the disk reports an input/output error: check it, then run `stowray verify`",
     errno.EMFILE: "too many open files in this process: raise `ulimit -n`",
     errno.ENFILE: "too many open files on this machine",
+    errno.ENOMEM: "this machine is out of memory: try again when less runs on it",
     errno.ENOTDIR: "a part of the path is not a directory",
     errno.ELOOP: "a symbolic link stands where the store keeps a file or directory of its own",
 }

@@ -12,8 +12,8 @@ import stat
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.entry_list import read_entry_list
-from stowray.pipeline.errors import StorageError
-from stowray.pipeline.files import translated
+from stowray.pipeline.errors import StorageError, escape
+from stowray.pipeline.files import SCARCITY, storage_error, translated
 from stowray.pipeline.open_directories import OpenDirectories
 from stowray.pipeline.overlay import is_whiteout
 from stowray.pipeline.tree_ops import OPEN_DIRECTORY, name_path
@@ -35,7 +35,7 @@ def compare_trees(expected: Path, actual: Path) -> Iterator[_Difference]:
         try:
             actual_root = os.open(actual, OPEN_DIRECTORY)
         except OSError as error:
-            yield b"", f"cannot be opened: {error.strerror}"
+            yield b"", _unreadable(error, b"")
             return
         try:
             with OpenDirectories(expected_root) as first, OpenDirectories(actual_root) as second:
@@ -45,6 +45,13 @@ def compare_trees(expected: Path, actual: Path) -> Iterator[_Difference]:
     finally:
         os.close(expected_root)
     yield from _compare_entry_lists(expected, actual)
+
+
+def _unreadable(error: OSError, path: bytes) -> str:
+    """Return what is wrong with an entry that cannot be read; raise for what is not its fault."""
+    if error.errno in SCARCITY:
+        raise storage_error(error, escape(path), "read a layer tree") from error
+    return f"cannot be read: {error.strerror}"
 
 
 class _Comparison:
@@ -62,7 +69,7 @@ class _Comparison:
             try:
                 wanted, found = (set(os.listdir(side.get(path))) for side in self._sides)
             except OSError as error:
-                yield path, f"cannot be read: {error.strerror}"
+                yield path, _unreadable(error, path)
                 continue
             for text in sorted(wanted | found):
                 name = os.fsencode(text)
@@ -73,7 +80,12 @@ class _Comparison:
                     yield below, "should not be there"
                 else:
                     yield from self._attributes(path, name)
-                    if self._is_directory(path, name):
+                    try:
+                        is_directory = self._is_directory(path, name)
+                    except OSError as error:
+                        yield below, _unreadable(error, below)
+                        continue
+                    if is_directory:
                         pending.append(below)
 
     def _is_directory(self, path: bytes, name: bytes) -> bool:
@@ -115,7 +127,7 @@ class _Comparison:
             ):
                 differences.append("content")
         except OSError as error:
-            yield below, f"cannot be read: {error.strerror}"
+            yield below, _unreadable(error, below)
             return
         if differences:
             yield below, f"differs in {', '.join(differences)}"

@@ -22,7 +22,7 @@ from stowray.pipeline.errors import (
     StorageError,
     escape,
 )
-from stowray.pipeline.files import open_regular, translated
+from stowray.pipeline.files import SCARCITY, open_regular, storage_error, translated
 from stowray.pipeline.recordfile import read_record_file
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.tree_compare import compare_trees
@@ -152,6 +152,10 @@ def _records(store: Store, references: Sequence[str] | None) -> list[ReferenceRe
     return [record for record in records if record.reference in references]
 
 
+def _is_folder(path: Path) -> bool:
+    return path.is_dir() and not path.is_symlink()
+
+
 class _Check:
     def __init__(self, store: Store, cancelled: Callable[[], bool]) -> None:
         self._store = store
@@ -195,12 +199,15 @@ class _Check:
     def records(self) -> None:
         """Name the records that no longer prove themselves whole."""
         for folder in ("refs", "snapshots", "sources"):
-            for path in sorted((self._store.path / folder).rglob("[!.]*")):
-                if path.is_dir() and not path.is_symlink():
-                    continue
+            root = self._store.path / folder
+            with translated(root, "list the records"):
+                paths = [path for path in sorted(root.rglob("[!.]*")) if not _is_folder(path)]
+            for path in paths:
                 try:
                     whole = read_record_file(path) is not None
-                except StorageError:
+                except StorageError as error:
+                    if getattr(error.__cause__, "errno", None) in SCARCITY:
+                        raise
                     whole = False
                 # It may have been removed since it was listed.
                 if not whole and os.path.lexists(path):
@@ -256,8 +263,12 @@ class _Check:
             descriptor = open_regular(path)
         except FileNotFoundError:
             return "is missing" if needed else ""
-        except (OSError, StorageError) as error:
+        except StorageError as error:
             return f"cannot be opened: {error}"
+        except OSError as error:
+            if error.errno in SCARCITY:
+                raise storage_error(error, path, "verify a blob") from error
+            return f"cannot be opened: {error.strerror}"
         try:
             hasher, size = digest.hasher(), 0
             try:
