@@ -93,8 +93,8 @@ class LayerRecord:
         try:
             parent = payload["parent"]
             return cls(
-                diff_id=Digest(payload["diff_id"]),
-                parent=None if parent is None else Digest(parent),
+                diff_id=Digest(str(payload["diff_id"])),
+                parent=None if parent is None else Digest(str(parent)),
                 tar_size=int(payload["tar_size"]),
                 unpacked_size=int(payload["unpacked_size"]),
                 entries=int(payload["entries"]),
@@ -145,7 +145,10 @@ class LayerTrees:
     def find(self, name: str) -> LayerRecord | None:
         """Return the record of a tree that is there, complete and trusted."""
         record = self._read(self.directory / name, trusted=True)
-        return record if record is not None and self.tree(name).is_dir() else None
+        if record is None:
+            return None
+        with translated(self.tree(name), "look at a layer tree"):
+            return record if self.tree(name).is_dir() else None
 
     def names(self) -> list[str]:
         """Return the names of all trees of this format, trusted or not."""

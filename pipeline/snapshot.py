@@ -88,10 +88,10 @@ class Snapshot:
         try:
             parent = payload["parent"]
             return cls(
-                chain_id=Digest(payload["chain_id"]),
-                parent=None if parent is None else Digest(parent),
-                diff_id=Digest(payload["diff_id"]),
-                blob=Digest(payload["blob"]),
+                chain_id=Digest(str(payload["chain_id"])),
+                parent=None if parent is None else Digest(str(parent)),
+                diff_id=Digest(str(payload["diff_id"])),
+                blob=Digest(str(payload["blob"])),
                 layer=str(payload["layer"]),
                 tar_size=int(payload["tar_size"]),
                 unpacked_size=int(payload["unpacked_size"]),
