@@ -1,0 +1,70 @@
+"""Kill, cut the power and refuse the disk at every call: `python -m bench.faults kill|power|disk`.
+
+Each round runs a scenario (a pull, a removal, a collection, a repair …) on a copy of a store, in a
+process of its own that ends, or is refused, at one call that touches the disk. Then the invariants
+are checked from outside, the work is done again and must end with the same trees, and a collection
+must leave nothing behind. `--every N` takes each N-th call only. One JSON line per scenario.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.support.sweeps import DISK_CODES, LOSSES, Sweep
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("sweep", choices=("kill", "power", "disk"))
+    parser.add_argument("--scenario", action="append", default=[])
+    parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--folder", type=Path, default=Path("/dev/shm"))
+    parser.add_argument("--loss", choices=LOSSES, action="append", default=[])
+    parser.add_argument("--errno", choices=sorted(DISK_CODES), action="append", default=[])
+    parser.add_argument("--lasting", action="store_true", help="the disk stays so")
+    options = parser.parse_args()
+    failed = 0
+    total = 0
+    with (
+        tempfile.TemporaryDirectory(prefix="stowray-faults-", dir=options.folder) as folder,
+        Sweep(Path(folder)) as sweep,
+    ):
+        for name in options.scenario or sweep.names:
+            for variant in _variants(options):
+                begun = time.perf_counter()
+                counts = sweep.run(
+                    options.sweep,
+                    name,
+                    variant,
+                    first=options.first,
+                    every=options.every,
+                    lasting=options.lasting,
+                )
+                total += counts.rounds
+                failed += len(counts.failures)
+                line = {"sweep": options.sweep, "scenario": name, "variant": variant}
+                line |= {"rounds": counts.rounds, "ends": counts.ends, "bad": len(counts.failures)}
+                print(json.dumps({**line, "seconds": round(time.perf_counter() - begun, 1)}))
+                for failure in counts.failures:
+                    print(f"  {failure}")
+                sys.stdout.flush()
+    print(json.dumps({"rounds": total, "bad": failed}))
+    return 1 if failed else 0
+
+
+def _variants(options: argparse.Namespace) -> list[str]:
+    if options.sweep == "power":
+        return options.loss or list(LOSSES)
+    if options.sweep == "disk":
+        return options.errno or sorted(DISK_CODES)
+    return [""]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
