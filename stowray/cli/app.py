@@ -17,6 +17,7 @@ import click
 
 from stowray import __version__
 from stowray.cli.context import COMPLETION, Context, common_options
+from stowray.cli.help import write_commands
 from stowray.pipeline.errors import StowrayError, describe
 
 if TYPE_CHECKING:
@@ -40,7 +41,7 @@ COMMANDS = {
     "pin": ("stock", "Keep an image from being collected."),
     "unpin": ("stock", "Let a pinned image be collected again."),
     "verify": ("stock", "Re-hash blobs; compare trees with their layers (--deep)."),
-    "rootfs": ("trees", "Write an image's flattened root filesystem to a directory."),
+    "rootfs": ("trees", "Write an image's root filesystem to a directory or file."),
     "mount": ("trees", "Mount an image's root filesystem."),
     "umount": ("trees", "Unmount what `mount` mounted."),
     "unshare": ("trees", "Run a command beside an image's mount in own namespaces."),
@@ -75,8 +76,12 @@ class LazyGroup(click.Group):
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """List commands without importing them."""
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, line) for name, (_, line) in COMMANDS.items()])
+        write_commands(formatter, {name: line for name, (_, line) in COMMANDS.items()})
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the commands first: they are what is looked for."""
+        self.format_commands(ctx, formatter)
+        click.Command.format_options(self, ctx, formatter)
 
     def shell_complete(self, ctx: click.Context, incomplete: str) -> list[CompletionItem[str]]:
         """Offer the commands without importing them, else the options."""
@@ -113,7 +118,10 @@ class LazyGroup(click.Group):
 @common_options
 @click.pass_context
 def cli(ctx: click.Context, /, **options: object) -> None:
-    """Stow container images onto machines: verified, ready-to-run root filesystems."""
+    """Stow container images onto machines: verified, ready-to-run root filesystems.
+
+    `stowray COMMAND --help` says more and has examples. New here: `stowray demo`.
+    """
     ctx.obj = Context()
     ctx.obj.merge(options)
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from stowray.cli.help import HelpfulCommand
+
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
@@ -20,28 +22,30 @@ if TYPE_CHECKING:
 COMPLETION = "_STOWRAY_COMPLETE"
 
 _COMMON: tuple[Callable[[Any], Any], ...] = (
-    click.option("--store", metavar="DIR", help="The store (env STOWRAY_STORE)."),
+    click.option("--store", metavar="DIR", help="Where images are kept (env STOWRAY_STORE)."),
     click.option(
-        "--engine", type=click.Choice(["auto", "local", "ray"]), help="Who does the work."
+        "--engine",
+        type=click.Choice(["auto", "local", "ray"]),
+        help="Who does the work: this process, or actors on Ray.",
     ),
-    click.option("--address", metavar="RAY", help="A running Ray cluster to attach to."),
-    click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Default: this machine's."),
-    click.option("--config", metavar="FILE", help="Settings file (TOML)."),
-    click.option("--authfile", metavar="FILE", help="Credentials, as podman or docker wrote them."),
-    click.option("--hosts-dir", metavar="DIR", help="containerd-style hosts.toml directories."),
+    click.option("--address", metavar="RAY", help="The Ray cluster to attach to, HOST:PORT."),
+    click.option("--platform", metavar="OS/ARCH[/VARIANT]", help="Instead of this machine's."),
+    click.option("--config", metavar="FILE", help="Settings, TOML (env STOWRAY_CONFIG)."),
+    click.option("--authfile", metavar="FILE", help="Logins, as podman or docker wrote them."),
+    click.option("--hosts-dir", metavar="DIR", help="Mirrors, as containerd's hosts.toml files."),
     click.option(
         "--plain-http",
         metavar="HOST[:PORT]",
         multiple=True,
-        help="Speak HTTP to this registry (loopback needs no leave).",
+        help="Speak HTTP to this registry; loopback needs no leave. Repeatable.",
     ),
     click.option(
         "--progress",
         type=click.Choice(["auto", "tty", "plain", "json", "none"]),
         help="How progress is shown on stderr.",
     ),
-    click.option("--json", is_flag=True, default=None, help="Answer in JSON lines."),
-    click.option("-q", "--quiet", is_flag=True, default=None, help="No progress, only errors."),
+    click.option("--json", is_flag=True, default=None, help="Answer in JSON lines on stdout."),
+    click.option("-q", "--quiet", is_flag=True, default=None, help="Errors only, no progress."),
     click.option("-v", "--verbose", count=True, help="Say more."),
 )
 
@@ -134,7 +138,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
     """Make a click command with the common options whose function takes a Context first."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
-        names = {parameter.name for parameter in _common_parameters()}
+        names = {parameter.name or "" for parameter in _common_parameters()}
 
         @click.pass_context
         def invoke(ctx: click.Context, /, **options: Any) -> Any:
@@ -146,8 +150,8 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
 
         invoke.__doc__ = function.__doc__
         invoke.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        make: Callable[[Callable[..., Any]], click.Command] = click.command(name, **settings)
-        made = make(common_options(invoke))
+        made = click.command(name, HelpfulCommand, **settings)(common_options(invoke))
+        made.common = names
         if COMPLETION in os.environ:
             from stowray.cli.complete import completed
 

@@ -61,9 +61,17 @@ def _with_tree(
         return work.each([reference], run, show or print_answer)
 
 
-@command("rootfs", short_help="Write an image's flattened root filesystem to a directory.")
+@command("rootfs", short_help="Write an image's root filesystem to a directory or file.")
 @click.argument("reference", metavar="REF")
 @click.argument("destination", metavar="DEST")
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["dir", "tar", "squashfs"]),
+    default="dir",
+    show_default=True,
+    help="A tree at DEST, or a new file DEST; tar to stdout where DEST is -.",
+)
 @click.option(
     "--link",
     type=click.Choice(["auto", "reflink", "copy", "hardlink"]),
@@ -74,24 +82,35 @@ def _with_tree(
 @_OFFLINE
 @_POLICY
 def rootfs_command(
-    context: Context, reference: str, destination: str, link: str, offline: bool, policy: str
+    context: Context,
+    reference: str,
+    destination: str,
+    form: str,
+    link: str,
+    offline: bool,
+    policy: str,
 ) -> int:
-    """Write the root filesystem of REF to DEST, which must not exist or be empty."""
-    from stowray.pipeline.rootfs import check_destination, write_rootfs
+    """Write the root filesystem of REF to DEST, which must not exist or be an empty directory.
+
+    As a plain user a tree lacks devices and has your files only, which is said; tar and squashfs
+    files keep both, whoever makes them. squashfs needs mksquashfs (squashfs-tools).
+    """
+    from stowray.cli.rootfs import prepare, write
 
     target = Path(destination).absolute()
-    check_destination(target)
 
     def act(store: Store, result: PullResult, chain_id: Digest | None) -> dict[str, Any]:
-        write_rootfs(store, chain_id, target, link=link)  # type: ignore[arg-type]
-        return {
+        answer = {
             "reference": result.reference,
-            "path": str(target),
+            "path": destination if destination == "-" else str(target),
             "chain_id": result.chain_id,
-            "link": link,
+            "format": form,
         }
+        return answer | write(context, store, chain_id, destination, form, link)
 
-    return _with_tree(context, reference, policy, offline, act)
+    prepare(destination, form)
+    show = (lambda _answer: None) if destination == "-" else None
+    return _with_tree(context, reference, policy, offline, act, show)
 
 
 @command("mount", short_help="Mount an image's root filesystem.")

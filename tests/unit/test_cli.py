@@ -1,6 +1,10 @@
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
+import tarfile
 from typing import TYPE_CHECKING
 
 import pytest
@@ -264,3 +268,32 @@ def test_reference_and_platform_answer_in_order(cli: Cli) -> None:
     assert "error" in answers[1]
     status, out, _ = cli("platform", "linux/arm/v7")
     assert json.loads(out)["formatted"] == "linux/arm/v7"
+
+
+def test_rootfs_goes_to_stdout_as_a_tar_and_nothing_else_does(
+    registry: FakeRegistry, tmp_path: Path
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    command = [sys.executable, "-m", "stowray", "--store", str(tmp_path / "store"), "rootfs"]
+    made = subprocess.run(
+        [*command, "--format", "tar", f"{registry.host}/a/b:1", "-"],
+        capture_output=True,
+        check=True,
+        timeout=120,
+    )
+    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+        assert archive.extractfile("etc/b").read() == b"2"
+    refused = subprocess.run(
+        [*command, f"{registry.host}/a/b:1", "-"], capture_output=True, check=False, timeout=120
+    )
+    assert (refused.returncode, refused.stdout) == (2, b"")
+
+
+def test_rootfs_answers_with_what_it_made(cli: Cli, registry: FakeRegistry, tmp_path: Path) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    reference = f"{registry.host}/a/b:1"
+    answer = cli.json("rootfs", reference, str(tmp_path / "tree"), "-q")
+    assert (answer["format"], answer["skipped"], answer["size"]) == ("dir", [], 2)
+    answer = cli.json("rootfs", "--format", "tar", reference, str(tmp_path / "tree.tar"), "-q")
+    assert answer["path"] == str(tmp_path / "tree.tar")
+    assert (answer["format"], answer["skipped"], answer["size"]) == ("tar", [], 2)
