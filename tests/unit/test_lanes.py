@@ -20,6 +20,7 @@ from stowray.pipeline.reference import Reference
 from stowray.pipeline.registry import Registry
 from stowray.pipeline.settings import RegistrySettings
 from stowray.pipeline.store import Store
+from tests.support.proxy import counting_proxy
 from tests.support.registry import FakeRegistry, Fault, incompressible
 
 if TYPE_CHECKING:
@@ -53,12 +54,14 @@ class Bench:
         monkeypatch.setattr(range_plan, "WINDOW_SECONDS", 0.2)
         monkeypatch.setattr(range_plan, "LEAST_SECONDS", 0.2)
 
-    def fetch(self, cancelled: Callable[[], bool] = lambda: False, **settings: Any) -> Fetched:
+    def fetch(
+        self, cancelled: Callable[[], bool] = lambda: False, host: str = "", **settings: Any
+    ) -> Fetched:
         wanted = RegistrySettings(**{"attempts": 4, "range_minimum_bytes": MIB, **settings})
         registry = Registry(wanted, environment={})
         self.registries.append(registry)
         fetcher = Fetcher(self.store, [registry], wanted, uniform=lambda low, high: 0.0)
-        reference = Reference.parse(f"{self.fake.host}/{NAME}:1")
+        reference = Reference.parse(f"{host or self.fake.host}/{NAME}:1")
         return fetcher.fetch(reference, BLOB, report=self.report, cancelled=cancelled)
 
     def report(
@@ -347,3 +350,21 @@ def test_records_of_several_processes_are_kept(tmp_path: Path) -> None:
     second.learn("s.example", 2, 1)
     assert HostRecords(tmp_path).find("r.example") is not None
     assert HostRecords(tmp_path).find("s.example") is not None
+
+
+def test_where_several_connections_bring_nothing_the_rest_comes_in_one_piece(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line of a fixed width: another connection takes from the first what it brings itself."""
+    bench.measure_quickly(monkeypatch)
+    with counting_proxy(bench.fake.host, bytes_per_second=2 * MIB) as line:
+        fetched = bench.fetch(host=line.host)
+        known = bench.records.find(line.host)
+    assert bench.holds
+    assert fetched.retries == 0
+    assert known is not None
+    assert known.connections == 1
+    parts = sorted(bench.parts())
+    # The part that showed it, and perhaps one that was under way then; after that one to the end.
+    assert parts[-1][1] == SIZE
+    assert parts[-1][1] - parts[-1][0] > 4 * MIB
