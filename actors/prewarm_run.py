@@ -117,8 +117,8 @@ class ClusterRun:
         context.nodes = max(1, len(self.nodes))
         # In the report they stand in the order in which they begin.
         rows = context.state.nodes
-        for node in found:
-            rows[node.name] = rows.pop(node.name)
+        for name in sorted({fact.name for fact in facts} & rows.keys(), key=_natural):
+            rows[name] = rows.pop(name)
         return found
 
     async def _probe(self, entry: Mapping[str, Any]) -> foreign.NodeReport:
@@ -265,7 +265,7 @@ class ClusterRun:
     def cluster_plan(self) -> ClusterPlan:
         """Return what is to be done, from all surveys so far."""
         return ClusterPlan.of(
-            list(self.surveys.values()),
+            [self.surveys[name] for name in self._context.state.nodes if name in self.surveys],
             [image.planned for image in self._images.all()],
             self._context.plan.limits,
             self._images.quota,
@@ -275,32 +275,41 @@ class ClusterRun:
     # -- work -------------------------------------------------------------------------------------
 
     async def warm_in_waves(self, nodes: Sequence[RunNode]) -> None:
-        """Warm all nodes, wave after wave as long as enough of them become ready."""
+        """Warm all nodes, wave after wave as long as enough of them become ready.
+
+        Waves and fractions count all nodes that were selected, also those that have failed before.
+        """
         state, failure = self._context.state, self._context.plan.failure
-        waves = expand_waves(self._context.plan.waves, len(nodes))
+        able = {node.name: node for node in nodes}
+        names = list(state.nodes)
+        waves = [
+            [names[place] for place in wave]
+            for wave in expand_waves(self._context.plan.waves, len(names))
+        ]
         for number, wave in enumerate(waves):
-            for place in wave:
-                state.update_node(nodes[place].name, wave=number)
+            for name in wave:
+                state.update_node(name, wave=number)
+        so_far: list[str] = []
         for number, wave in enumerate(waves):
+            is_last = number + 1 == len(waves)
             self._wave = number
-            mine = [nodes[place] for place in wave]
-            names = tuple(node.name for node in mine)
-            state.waves[number] = WaveRow(number, names, started=round(state.seconds, 3))
-            await self.warm(mine, with_late=number + 1 == len(waves))
-            so_far = [nodes[place].name for place in range(wave.stop)]
+            state.waves[number] = WaveRow(number, tuple(wave), started=round(state.seconds, 3))
+            await self.warm([able[name] for name in wave if name in able], with_late=is_last)
+            so_far += wave
             ready = sum(state.nodes[name].state == "ready" for name in so_far)
             passed = failure.is_enough(ready, len(so_far))
             state.waves[number] = replace(
                 state.waves[number],
-                ready=sum(state.nodes[name].state == "ready" for name in names),
+                ready=sum(state.nodes[name].state == "ready" for name in wave),
                 completed=round(state.seconds, 3),
                 passed=passed,
             )
             state.changed = True
-            if not passed and number + 1 < len(waves):
+            if not passed and not is_last:
                 reason = f"not begun: only {ready} of the {len(so_far)} nodes before it are ready"
-                for node in nodes[wave.stop :]:
-                    state.skip_node(node.name, NodeError(node.name, reason))
+                for name in names[len(so_far) :]:
+                    if state.nodes[name].state == "waiting":
+                        state.skip_node(name, NodeError(name, reason))
                 return
 
     async def warm(self, nodes: Sequence[RunNode], *, with_late: bool = False) -> None:
