@@ -22,7 +22,8 @@ PYTEST_ARGS ?=
 # program:Debian package that has it
 PEERS := docker-registry:docker-registry skopeo:skopeo umoci:umoci podman:podman \
 	containerd:containerd ctr:containerd runc:runc crun:crun debootstrap:debootstrap \
-	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux
+	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux \
+	mksquashfs:squashfs-tools bwrap:bubblewrap fish:fish zsh:zsh jq:jq tmux:tmux
 
 .PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist all clean
 
