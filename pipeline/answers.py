@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import (
@@ -19,6 +18,7 @@ from stowray.pipeline.errors import (
     UnavailableError,
 )
 from stowray.pipeline.retry import is_transient
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -9,7 +9,7 @@ repeated for the sake of a login more than twice.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.addresses import realm_refusal
@@ -19,6 +19,7 @@ from stowray.pipeline.endpoint import API_PATH, Connection
 from stowray.pipeline.errors import CancelledError, RegistryError, UnauthorizedError
 from stowray.pipeline.flight import SingleFlight
 from stowray.pipeline.tokens import Token, TokenRequest, ask, merge_scopes, parse_scopes
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.errors import StorageError, describe
@@ -22,6 +22,7 @@ from stowray.pipeline.prewarm_survey import (
     manifest_requests,
 )
 from stowray.pipeline.spread import Blob, NodeState, spread
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -13,7 +13,7 @@ import os
 import time
 from collections import Counter
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.digest import HEX_LENGTHS, Digest
@@ -27,6 +27,7 @@ from stowray.pipeline.locks import is_current, open_lock, try_lock
 from stowray.pipeline.records import read_record
 from stowray.pipeline.references import last_used, remove_records, require_references
 from stowray.pipeline.removal import remove_tree
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator

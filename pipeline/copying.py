@@ -7,7 +7,7 @@ connections of the same host fetch parts beside the first one (``lanes``).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,7 @@ from stowray.pipeline.errors import (
     UnavailableError,
 )
 from stowray.pipeline.lanes import Lanes, open_first_part, open_lanes
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

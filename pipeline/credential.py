@@ -7,8 +7,10 @@ never taken for another one's.
 from __future__ import annotations
 
 import base64
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Final
+
+from stowray.pipeline.values import dataclass
 
 TOKEN_USER: Final = "<token>"
 

@@ -11,13 +11,13 @@ import base64
 import json
 import re
 import threading
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.credential import TOKEN_USER, Credential
 from stowray.pipeline.credential_helpers import HELPER_SECONDS, CredentialHelpers
 from stowray.pipeline.errors import UsageError
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping

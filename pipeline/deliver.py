@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -18,6 +17,7 @@ from stowray.pipeline.errors import InvalidReferenceError, StorageError, UsageEr
 from stowray.pipeline.files import TEMPORARY, storage_error
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.source import OCI_ARCHIVE, DiskImage, parse_source
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline import media_types
@@ -17,6 +16,7 @@ from stowray.pipeline.errors import CancelledError, NotFoundError, StorageError
 from stowray.pipeline.files import write_all
 from stowray.pipeline.layout import LAYOUT_FILE, REF_NAME
 from stowray.pipeline.oci_layout import CONTAINERD_NAME
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

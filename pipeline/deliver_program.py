@@ -14,7 +14,6 @@ import subprocess
 import tempfile
 import threading
 import time
-from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING
 
 from stowray.pipeline.errors import (
@@ -26,6 +25,7 @@ from stowray.pipeline.errors import (
     escape,
 )
 from stowray.pipeline.redact import redact_text
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

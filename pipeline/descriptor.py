@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
-from dataclasses import dataclass
 from typing import Any
 
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.platform import Platform
+from stowray.pipeline.values import dataclass
 
 
 @dataclass(frozen=True, slots=True)

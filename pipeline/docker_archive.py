@@ -10,7 +10,6 @@ import hashlib
 import json
 import re
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline import media_types, strict_json
@@ -24,6 +23,7 @@ from stowray.pipeline.oci_layout import checked
 from stowray.pipeline.origin import Resolved
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.strict_json import JSONError
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

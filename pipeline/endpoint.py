@@ -7,9 +7,10 @@ redirects, because they can make nothing less secret.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 
 from stowray.pipeline.reference import DEFAULT_REGISTRY, DEFAULT_WIRE_HOST
+from stowray.pipeline.values import dataclass
 
 API_PATH = "/v2"
 

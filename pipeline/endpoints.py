@@ -9,7 +9,7 @@ others, but is never left out.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -21,6 +21,7 @@ from stowray.pipeline.errors import (
     UsageError,
 )
 from stowray.pipeline.reference import Reference, wire_host
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -11,7 +11,7 @@ import os
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.digest import Digest
@@ -26,6 +26,7 @@ from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.source import DiskImage, Source
 from stowray.pipeline.store import Store
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping

@@ -8,7 +8,7 @@ never committed. A cancelled fetch keeps what it has.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
@@ -30,6 +30,7 @@ from stowray.pipeline.origin import Divisible
 from stowray.pipeline.registry import never, policy, weight
 from stowray.pipeline.retry import Retries, uniform, wait
 from stowray.pipeline.settings import RegistrySettings
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

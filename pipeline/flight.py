@@ -8,11 +8,12 @@ to stop only when the last waiter has left.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Hashable

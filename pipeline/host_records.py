@@ -8,13 +8,14 @@ change. A store that cannot be written to learns for the process alone.
 from __future__ import annotations
 
 import threading
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import replace_file
 from stowray.pipeline.recordfile import encode_record, read_record_file
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from pathlib import Path

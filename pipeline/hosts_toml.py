@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from stowray.pipeline.addresses import DEFAULT_PORTS, split_host
 from stowray.pipeline.endpoint import API_PATH, Connection
 from stowray.pipeline.errors import UsageError
+from stowray.pipeline.values import dataclass
 
 FILE = "hosts.toml"
 DEFAULT = "_default"

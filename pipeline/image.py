@@ -7,7 +7,6 @@ applied, and each has exactly one diff ID.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.descriptor import Descriptor, ImageConfig, Index, Manifest
@@ -45,6 +44,7 @@ from stowray.pipeline.media_types import (
 )
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.source import Source, source_from_dict
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

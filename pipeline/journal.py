@@ -9,10 +9,11 @@ wrong.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.files import read_regular, replace_file, write_all
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     import hashlib

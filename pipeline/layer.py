@@ -9,7 +9,7 @@ behind the end of the tar. Whatever fails, all threads have ended when the call 
 from __future__ import annotations
 
 import errno
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.apply import LayerApplier
@@ -21,6 +21,7 @@ from stowray.pipeline.limits import DEFAULT_LIMITS, LayerLimits
 from stowray.pipeline.notes import below_notes, make_notes
 from stowray.pipeline.staged_tree import PHANTOM, DependsOnBelowError
 from stowray.pipeline.tar import TarReader
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +21,7 @@ from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import TEMPORARY, make_directory, translated
 from stowray.pipeline.locks import try_lock
 from stowray.pipeline.records import read_record, write_record
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

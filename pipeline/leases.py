@@ -8,7 +8,6 @@ grown under the shared half of the collector's lock, so that a collector sees ea
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import Digest
@@ -18,6 +17,7 @@ from stowray.pipeline.files import TEMPORARY, translated, write_all
 from stowray.pipeline.locks import is_current, try_lock, unlock
 from stowray.pipeline.recordfile import encode_record, require_record_file
 from stowray.pipeline.trust import Stamp
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable

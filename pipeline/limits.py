@@ -6,7 +6,7 @@ of them stands a ``LayerError``, never a guess and never a shortened result.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from stowray.pipeline.values import dataclass
 
 KIB = 1 << 10
 MIB = 1 << 20

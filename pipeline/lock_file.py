@@ -7,7 +7,7 @@ people.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.digest import Digest
@@ -19,6 +19,7 @@ from stowray.pipeline.errors import (
 )
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.reference import Reference
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

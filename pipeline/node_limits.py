@@ -14,13 +14,14 @@ import struct
 import threading
 import time
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, Literal
 
 from stowray.pipeline.clock import Boot
 from stowray.pipeline.files import translated
 from stowray.pipeline.locks import open_lock, try_lock, unlock
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

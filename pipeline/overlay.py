@@ -16,12 +16,12 @@ import errno
 import os
 import stat
 from collections import OrderedDict
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
 from stowray.pipeline.entry_list import OWNER, Record, read_entry_list
 from stowray.pipeline.errors import StorageError, escape
 from stowray.pipeline.files import storage_error
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence

@@ -12,11 +12,11 @@ import os
 import select
 import socket
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from stowray.pipeline.errors import NodeError
 from stowray.pipeline.peer_paths import checkpoints_path, have_path, stripe_path
+from stowray.pipeline.values import dataclass
 from stowray.pipeline.witness import Witness
 
 if TYPE_CHECKING:

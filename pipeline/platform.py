@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.errors import InvalidPlatformError
 from stowray.pipeline.media_types import CONFIG_TYPES, INDEX_TYPES, MANIFEST_TYPES
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

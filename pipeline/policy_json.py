@@ -9,7 +9,6 @@ a whole, as by the tools that own it.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from stowray.pipeline import strict_json
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.source import DOCKER_ARCHIVE, OCI, OCI_ARCHIVE
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.errors import InvalidPlatformError, InvalidReferenceError, UsageError
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.source import parse_source
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, fields
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import PROBE, storage_error
 from stowray.pipeline.locks import try_lock
 from stowray.pipeline.removal import remove_tree
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

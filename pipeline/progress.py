@@ -8,10 +8,11 @@ never holds up the work.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -7,7 +7,7 @@ are never part of a request to an origin.
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.addresses import (
@@ -19,6 +19,7 @@ from stowray.pipeline.addresses import (
 )
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.redact import public_url, url_secrets
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -8,8 +8,9 @@ well-formed is no quota, and a quota slows down and warns but never refuses: the
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from stowray.pipeline.response import Response

@@ -8,9 +8,10 @@ is kept only if all of them together have become faster by it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING, Final
+
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from stowray.pipeline.host_records import HostRecord

@@ -7,7 +7,7 @@ what is present, and stops the collector, which must not guess what it named.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.descriptor import Descriptor
@@ -16,6 +16,7 @@ from stowray.pipeline.errors import InvalidDigestError
 from stowray.pipeline.files import replace_file, translated
 from stowray.pipeline.recordfile import encode_record, read_record_file
 from stowray.pipeline.trust import Stamp
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from pathlib import Path

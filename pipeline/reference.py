@@ -7,11 +7,11 @@ normalisation: its parts may be used in URLs and keys as they are, and one image
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Final
 
 from stowray.pipeline.digest import DISPLAY_LIMIT, Digest
 from stowray.pipeline.errors import InvalidDigestError, InvalidReferenceError
+from stowray.pipeline.values import dataclass
 
 DEFAULT_REGISTRY: Final = "docker.io"
 # Docker Hub as old clients know it; never kept, so that one image has one name.

@@ -10,12 +10,12 @@ one meaning here.
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import InvalidReferenceError, UsageError
 from stowray.pipeline.reference import DEFAULT_REGISTRY, LEGACY_REGISTRY, Reference
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -7,7 +7,6 @@ holds it and this repository is on record as having served it. What is returned 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline import image as images
@@ -15,6 +14,7 @@ from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import ManifestError, NotFoundError, PlatformError
 from stowray.pipeline.flight import SingleFlight
 from stowray.pipeline.platform import Platform, is_image, select
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.plan import stage_id
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from stowray.pipeline.image import Image

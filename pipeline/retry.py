@@ -8,11 +8,12 @@ full jitter, so that a fleet does not come back in step.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

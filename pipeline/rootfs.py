@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Literal, Self
 
 from stowray.pipeline import file_content
@@ -31,6 +31,7 @@ from stowray.pipeline.tree_ops import (
     set_times,
     set_xattrs,
 )
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,10 +10,10 @@ finished step costs the walk does not depend on the number of steps.
 from __future__ import annotations
 
 import queue
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from stowray.pipeline.errors import CancelledError, NodeError, StowrayError
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

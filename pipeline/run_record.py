@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import platform
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.files import replace_file, translated
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

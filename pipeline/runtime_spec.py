@@ -7,10 +7,11 @@ capabilities (CVE-2022-24769). Pure data in, pure data out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import ManifestError, escape
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

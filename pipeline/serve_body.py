@@ -10,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.follower import Follower
 from stowray.pipeline.ingest import GenerationChanged
 from stowray.pipeline.serve_errors import later
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.documents import MANIFEST_LIMIT, detect_media_type
@@ -31,6 +30,7 @@ from stowray.pipeline.reference import (
 )
 from stowray.pipeline.references import MARKER, last_used
 from stowray.pipeline.source import parse_source
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

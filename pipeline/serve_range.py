@@ -7,7 +7,8 @@ range that lies outside of the blob is refused.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+
+from stowray.pipeline.values import dataclass
 
 # More digits than any size has; int() of a huge text takes quadratic time.
 _RANGE = re.compile(r"bytes=[ \t]*([0-9]{0,19})-([0-9]{0,19})[ \t]*", re.IGNORECASE | re.ASCII)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from aiohttp import web
@@ -26,6 +26,7 @@ from stowray.pipeline.serve_body import cut, send_range
 from stowray.pipeline.serve_errors import COMMON_HEADERS, RefusalError, json_answer, later
 from stowray.pipeline.stripe_state import STRIPE_LIMIT
 from stowray.pipeline.stripes import Stripe
+from stowray.pipeline.values import dataclass
 from stowray.pipeline.witness import read_witness
 
 if TYPE_CHECKING:

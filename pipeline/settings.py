@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass, field, fields
+from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
 from stowray.pipeline.errors import UsageError
+from stowray.pipeline.values import dataclass
 
 SYSTEM_STORE = "/var/lib/stowray"
 NODE_VARIABLE = "STOWRAY_NODE"

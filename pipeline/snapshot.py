@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import Digest
@@ -34,6 +33,7 @@ from stowray.pipeline.layer_trees import LayerRecord, LayerTrees
 from stowray.pipeline.limits import DEFAULT_LIMITS
 from stowray.pipeline.records import read_record, write_record
 from stowray.pipeline.staging import LayerSource, Stager
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator

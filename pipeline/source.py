@@ -6,11 +6,11 @@ Invariant: every source has one canonical text, the same for all spellings, that
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
 from typing import Any, Final
 
 from stowray.pipeline.errors import InvalidReferenceError
 from stowray.pipeline.reference import Reference
+from stowray.pipeline.values import dataclass
 
 OCI: Final = "oci"
 OCI_ARCHIVE: Final = "oci-archive"

@@ -13,11 +13,12 @@ one node.
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.stripes import Stripe, divide
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -10,13 +10,14 @@ alone.
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.errors import DigestMismatchError, NodeError
 from stowray.pipeline.fetch import WRONG_LIMIT
 from stowray.pipeline.source_choice import ORIGIN, Report, find_liar
 from stowray.pipeline.spread_shared import OWNER_ERRORS
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence

@@ -8,7 +8,6 @@ ingest has already is not asked for. Answers are checked as those of any pull (`
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.copying import BUFFER_SIZE, reader
@@ -17,6 +16,7 @@ from stowray.pipeline.fetch import SOURCE_ERRORS, blame
 from stowray.pipeline.lanes import Ranged
 from stowray.pipeline.source_choice import ORIGIN
 from stowray.pipeline.spread_shared import OWNER_ERRORS
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.copying import BUFFER_SIZE
@@ -30,6 +29,7 @@ from stowray.pipeline.spread_job import Job, label
 from stowray.pipeline.spread_leases import stripe_key
 from stowray.pipeline.spread_origin import Lease, OriginReader
 from stowray.pipeline.spread_shared import OWNER_ERRORS
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

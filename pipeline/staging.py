@@ -7,13 +7,14 @@ prove wrong, a full disk, a cancellation) nothing of the attempt is left behind.
 from __future__ import annotations
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import DigestMismatchError, NodeError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.layer_trees import LayerRecord
 from stowray.pipeline.limits import DEFAULT_LIMITS
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence

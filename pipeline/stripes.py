@@ -7,8 +7,9 @@ stripes together and not of one. A *position* counts the bytes of a stripe from 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
+
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

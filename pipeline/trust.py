@@ -11,12 +11,12 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.clock import Boot, boot_time_ns
 from stowray.pipeline.files import replace_file, storage_error, translated
 from stowray.pipeline.recordfile import decode_record, encode_record, read_limited
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

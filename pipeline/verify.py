@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import secrets
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import HEX_LENGTHS, Digest
@@ -26,6 +26,7 @@ from stowray.pipeline.files import SCARCITY, open_regular, storage_error, transl
 from stowray.pipeline.recordfile import read_record_file
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.tree_compare import compare_trees
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence

@@ -7,13 +7,14 @@ it gave them up itself; nothing is said of bytes that were never hashed.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.errors import NotFoundError
 from stowray.pipeline.ingest import CHECKPOINT_EVERY, CONDEMNED
 from stowray.pipeline.journal import Journal
 from stowray.pipeline.stripe_state import StripeState
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,11 +19,12 @@ import sys
 import threading
 import time
 from concurrent.futures import Future
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import CancelledError, NodeError, from_wire
 from stowray.pipeline.frames import receive_frame, send_frame
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable

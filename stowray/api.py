@@ -14,7 +14,7 @@ Examples::
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,6 +25,7 @@ from stowray.pipeline.platform import Platform
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.settings import Settings, load_settings
 from stowray.pipeline.source import Source, parse_source
+from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
