@@ -61,6 +61,9 @@ class Home(Protocol):
     def has(self, digest: Digest, size: int | None = None) -> bool:
         """Say whether the blob is committed and trusted."""
 
+    def void_proof(self, digest: Digest) -> None:
+        """Forget that a blob was proven, before other bytes take its name."""
+
     def record_blob(self, digest: Digest, size: int) -> None:
         """Record that the committed blob has just been proven."""
 
@@ -287,6 +290,7 @@ class Ingest:
             raise DigestMismatchError(str(self.digest), str(self.digest), actual)
         failpoint("ingest-proven")
         target = self._home.blob_path(self.digest)
+        self._home.void_proof(self.digest)
         with translated(target, "commit a blob"):
             os.fchmod(self._data, 0o444)
             # Some file systems tell only here that the bytes found no room (close(2)).

@@ -155,7 +155,10 @@ class Resolver:
             return None
         if not self._store.has(digest) or not self._store.confirmed(digest, reference.name):
             return None
-        body = self._store.read_blob(digest, images.MANIFEST_LIMIT)
+        try:
+            body = self._store.read_blob(digest, images.MANIFEST_LIMIT)
+        except NotFoundError:
+            return None  # damaged since it was proven, and put aside now
         return images.Descriptor(
             media_type=images.detect_media_type(body), digest=digest, size=len(body)
         )
@@ -216,8 +219,9 @@ class Resolver:
         """Return a manifest's or index's bytes, from the store or else from the origin."""
         digest = descriptor.digest
         reference = request.reference
-        if self._store.has(digest, descriptor.size):
-            return self._store.read_blob(digest, images.MANIFEST_LIMIT)
+        body = self._stored(descriptor, images.MANIFEST_LIMIT)
+        if body is not None:
+            return body
         if request.policy == "never":
             raise NotFoundError(str(digest), str(self._store.path))
 
@@ -239,14 +243,24 @@ class Resolver:
                 str(descriptor.digest),
                 f"a config of {descriptor.size} bytes is over the limit of {images.CONFIG_LIMIT}",
             )
-        if not self._store.has(descriptor.digest, descriptor.size):
+        body = self._stored(descriptor, images.CONFIG_LIMIT)
+        if body is None:
             if request.policy == "never":
                 raise NotFoundError(str(descriptor.digest), str(self._store.path))
             self._connect()[1].fetch(
                 request.reference, descriptor, report=request.report, cancelled=request.cancelled
             )
-        body = self._store.read_blob(descriptor.digest, images.CONFIG_LIMIT)
+            body = self._store.read_blob(descriptor.digest, images.CONFIG_LIMIT)
         return images.parse_config(body, descriptor.digest)
+
+    def _stored(self, descriptor: Descriptor, limit: int) -> bytes | None:
+        """Return a document that is here, None when it is not or was damaged and put aside."""
+        if not self._store.has(descriptor.digest, descriptor.size):
+            return None
+        try:
+            return self._store.read_blob(descriptor.digest, limit)
+        except NotFoundError:
+            return None
 
 
 def _runs_on(config: ImageConfig, request: Request) -> bool:

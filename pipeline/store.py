@@ -21,6 +21,7 @@ import re
 import threading
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -238,6 +239,7 @@ class Store:
         if self.has(digest, len(data)):
             return
         path = self.blob_path(digest)
+        self.void_proof(digest)
         with translated(path, f"store the {len(data)} bytes of {digest}"):
             descriptor, temporary = self._new_temporary()
             try:
@@ -344,6 +346,16 @@ class Store:
     def confirmed(self, digest: Digest, repository: str) -> bool:
         """Say whether ``repository`` served or confirmed the digest before."""
         return repository in self.blob_record(digest).repositories
+
+    def void_proof(self, digest: Digest) -> None:
+        """Forget that a blob was proven, before other bytes take its name.
+
+        A record that survives a power cut must not speak for bytes that came after it and may not.
+        """
+        if self.blob_record(digest).verified is not None:
+            with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+                record = replace(self.blob_record(digest), verified=None)
+                self.write_record(self.source_path(digest), record.payload())
 
     def record_blob(self, digest: Digest, size: int) -> None:
         """Record that the committed blob has just been proven."""
