@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.clock import Boot
 
 ROOT = Path(__file__).parents[2]
+PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def lose(store: Path, before: dict[str, tuple[int, int]], how: str) -> list[str]
             continue
         size = status.st_size
         times = (status.st_atime_ns, status.st_mtime_ns)
+        if how == "torn" and size <= PAGE:
+            continue  # such a file came to the disk as a whole
         mode = status.st_mode & 0o7777
         path.chmod(0o600)
         with path.open("r+b") as content:
@@ -128,8 +131,8 @@ def lose(store: Path, before: dict[str, tuple[int, int]], how: str) -> list[str]
             elif how == "zeroed":
                 content.write(bytes(size))
             else:
-                # The later pages came to the disk, the earlier ones did not.
-                content.write(bytes((size + 1) // 2))
+                # The last page came to the disk, those before it did not.
+                content.write(bytes((size - 1) // PAGE * PAGE))
         path.chmod(mode)
         os.utime(path, ns=times)
         lost.append(name)

@@ -48,6 +48,8 @@ IMAGES_VARIABLE = "STOWRAY_TEST_IMAGES"
 class InlineCrew:
     """Carries out each step at once and in this thread: the same calls in the same order."""
 
+    commits_in_order = False
+
     def __init__(self, settings: Settings, store: Store) -> None:
         self._settings = settings
         self._store = store
