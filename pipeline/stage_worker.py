@@ -71,8 +71,11 @@ class _Owner:
                     self._changed.notify()
 
 
-def serve(connection: socket.socket) -> None:
-    """Carry out tasks until the owner closes the socket."""
+def serve(connection: socket.socket, *, early: bool = True) -> None:
+    """Carry out tasks until the owner closes the socket.
+
+    With ``early`` all that a task needs is imported at once, else when a task is there.
+    """
     # Ctrl-C reaches the whole process group; the owner decides what it means.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -86,8 +89,9 @@ def serve(connection: socket.socket) -> None:
     from stowray.pipeline.layer_tasks import LayerTasks, preload
 
     tasks = LayerTasks()
-    # While the owner is still asking the registry what there is to do.
-    preload()
+    if early:
+        # While the owner is still asking the registry what there is to do.
+        preload()
     while True:
         identity, operation, arguments = owner.take()
         _carry_out(owner, tasks, identity, operation, arguments)

@@ -55,7 +55,7 @@ class _Worker:
         if fork_beside is None:
             self.pid = _start_by_exec(theirs)
         else:
-            self.pid = _start_by_fork([*fork_beside, ours], theirs)
+            self.pid = _start_by_fork([*fork_beside, ours], theirs, early=number == 0)
         theirs.close()
 
     def run(self, identity: int, task: _Task) -> dict[str, Any]:
@@ -218,7 +218,7 @@ def _start_by_exec(theirs: socket.socket) -> int:
     )
 
 
-def _start_by_fork(others: list[socket.socket], theirs: socket.socket) -> int:
+def _start_by_fork(others: list[socket.socket], theirs: socket.socket, *, early: bool) -> int:
     pid = os.fork()
     if pid:
         return pid
@@ -229,7 +229,8 @@ def _start_by_fork(others: list[socket.socket], theirs: socket.socket) -> int:
             connection.close()
         from stowray.pipeline.stage_worker import serve
 
-        serve(theirs)
+        # One is sure to be needed; the others would only be in the way of their owner's start.
+        serve(theirs, early=early)
         status = 0
     finally:
         os._exit(status)
