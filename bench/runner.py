@@ -91,6 +91,7 @@ class Summary:
     cpu_seconds: float
     rss: int
     runs: int
+    samples: tuple[float, ...] = ()
 
 
 def summarise(samples: Sequence[Sample]) -> Summary:
@@ -102,4 +103,5 @@ def summarise(samples: Sequence[Sample]) -> Summary:
         cpu_seconds=statistics.median(sample.cpu_seconds for sample in samples),
         rss=max(sample.rss for sample in samples),
         runs=len(samples),
+        samples=tuple(times),
     )
