@@ -44,6 +44,7 @@ Value = TypeVar("Value")
 NODES_SECONDS = 10.0
 WAIT_SECONDS = 0.2
 LOST = "the process ended in mid-work"
+UNPLACED = "cannot be placed on its node"
 _LOSSES = (
     ray.exceptions.RayActorError,
     ray.exceptions.WorkerCrashedError,
@@ -222,6 +223,11 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, NodeError) and error.reason == LOST
 
 
+def is_homeless(error: BaseException) -> bool:
+    """Return whether ``error``, translated, says that the node of an actor is gone."""
+    return isinstance(error, NodeError) and error.reason == UNPLACED
+
+
 def was_restarted() -> bool:
     """Return whether Ray has started the actor that asks once before."""
     return bool(ray.get_runtime_context().was_current_actor_reconstructed)
@@ -254,7 +260,7 @@ def translate(error: BaseException, where: str) -> StowrayError:
     if isinstance(error, ray.exceptions.GetTimeoutError):
         return DeadlineError(where, NODES_SECONDS)
     if isinstance(error, ray.exceptions.ActorUnschedulableError):
-        return NodeError(where, "cannot be placed on its node")
+        return NodeError(where, UNPLACED)
     if isinstance(error, ray.exceptions.RuntimeEnvSetupError):
         return NodeError(where, f"its environment cannot be set up: {_one_line(error)}")
     if isinstance(error, ray.exceptions.OutOfDiskError):

@@ -91,6 +91,7 @@ class ActorCrew:
         progress: Progress,
         spread: dict[str, Any] | None = None,
         ways: list[dict[str, Any]] | None = None,
+        warn: Callable[[str], None] | None = None,
     ) -> None:
         self._pools = pools
         self._run = run
@@ -101,6 +102,7 @@ class ActorCrew:
         self._progress = progress
         self._spread = spread
         self._ways = ways if ways is not None else []
+        self._warn = warn
         self._shares = {
             pools.fetchers: max(settings.registry.connections, pools.unpackers.size),
             pools.unpackers: pools.unpackers.size,
@@ -210,6 +212,9 @@ class ActorCrew:
                 self._progress.merge(Event.from_dict(event))
             self._report_end(call)
             self._note_way(call.step, reply)
+            if self._warn is not None:
+                for text in reply.get("warnings", ()):
+                    self._warn(text)
             call.future.set_result(Outcome(**reply["outcome"]))
         elif call.told_at and cluster.is_loss(error):
             call.future.set_exception(CancelledError(call.step.id))

@@ -285,7 +285,15 @@ def _connect(address: str, failures: list[Exception]) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Hold back Ray's warning that it leaves the SIGTERM handler alone: that is what is wanted."""
+    """Hold back Ray's warning that it leaves the SIGTERM handler alone: that is what is wanted.
+
+    Also what Ray prints of nodes that die, on a thread of its own and among others on stdout, which
+    is for answers: that a node is dead we say ourselves.
+    """
+    from ray._private import worker
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = _print_nothing
     logger = logging.getLogger("ray._private.worker")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -293,6 +301,10 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _print_nothing(*_what: object, **_more: object) -> None:
+    """Print nothing."""
 
 
 def _here() -> tuple[str, str]:

@@ -28,6 +28,8 @@ from stowray.pipeline.engine import LocalEngine, PullOptions, never
 from stowray.pipeline.errors import CancelledError, NodeError, from_wire
 from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Event
+from stowray.pipeline.quota import Quota
+from stowray.pipeline.reference import Reference, wire_host
 from stowray.pipeline.resolve import Request
 from stowray.pipeline.result import PullResult
 
@@ -163,7 +165,13 @@ class RayEngine(LocalEngine):
             "environment": origin_environment(os.environ),
         }
         link = self._connected()
-        return self._ask(link, link.resolver, link.resolver.resolve, request, "resolver", cancelled)
+        resolve = link.resolver.resolve
+        reply = self._ask(link, link.resolver, resolve, request, "resolver", cancelled)
+        quota = None if reply["quota"] is None else Quota(**reply["quota"])
+        if quota is not None and quota.is_low and isinstance(source, Reference):
+            # The resolver of a session has perhaps told somebody else already, and tells once.
+            self._warn(f"{wire_host(source.registry)}: {quota}")
+        return reply
 
     def _pull_remotely(
         self,
@@ -240,6 +248,8 @@ class RayEngine(LocalEngine):
                 raise
             for event in reply["events"]:
                 self.progress.merge(Event.from_dict(event))
+            for text in reply["warnings"]:
+                self._warn(text)
             if "error" in reply:
                 raise from_wire(*reply["error"])
             return reply

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections import OrderedDict
+import time
+from collections import OrderedDict, deque
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.source import Source
 
 KEPT = 8
+KEPT_WARNINGS = 100
 
 
 class MemberEngine(LocalEngine):
@@ -45,10 +47,24 @@ class MemberEngine(LocalEngine):
         environment: Mapping[str, str],
     ) -> None:
         super().__init__(settings, progress=progress, store=store, environment=dict(environment))
+        self._told: deque[tuple[float, str]] = deque(maxlen=KEPT_WARNINGS)
 
     def side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it alone."""
         return self._side(source)
+
+    def warnings_since(self, moment: float) -> list[str]:
+        """Return what registries have warned of since then (monotonic seconds), each once.
+
+        It is everybody's who worked meanwhile: an answer may serve several askers.
+        """
+        with self._lock:
+            told = list(self._told)
+        return list(dict.fromkeys(text for when, text in told if when >= moment))
+
+    def _warn(self, text: str) -> None:
+        with self._lock:
+            self._told.append((time.monotonic(), text))
 
     def image_for(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,8 @@ class FetchActor:
 
     @ray.method(concurrency_group="work")
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Fetch one blob; returns the outcome and the final events."""
+        """Fetch one blob; returns the outcome, the final events, and what registries warned of."""
+        begun = time.monotonic()
         source = source_from_dict(task["source"])
         with (
             self._tasks.running(task["key"]) as cancelled,
@@ -67,6 +69,7 @@ class FetchActor:
                 "remarks": [asdict(remark) for remark in fetched.remarks],
             },
             "events": told.final_events(),
+            "warnings": engine.warnings_since(begun),
         }
 
     @ray.method(concurrency_group="control")

@@ -113,9 +113,11 @@ class NodeActor:
             progress.watch(forwarder)
         reply: dict[str, Any]
         ways: list[dict[str, Any]] = []
+        warnings: list[str] = []
         try:
             with self._tasks.running(run) as cancelled:
-                result = self._pull(request, progress, ways, _or_orphaned(request, cancelled))
+                is_over = _or_orphaned(request, cancelled)
+                result = self._pull(request, progress, ways, warnings, is_over)
                 reply = {"result": result}
                 if request["spread"] is not None:
                     reply["presence"] = self._begun().presence(request["spread"]["image"])
@@ -128,7 +130,7 @@ class NodeActor:
             if forwarder is not None:
                 forwarder.close()
         events = [event.to_dict() for event in progress.events()]
-        return {**reply, "events": events, "ways": ways}
+        return {**reply, "events": events, "ways": ways, "warnings": warnings}
 
     @ray.method(concurrency_group="control")
     def begin_run(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +204,7 @@ class NodeActor:
         request: dict[str, Any],
         progress: Progress,
         ways: list[dict[str, Any]],
+        warnings: list[str],
         cancelled: Callable[[], bool],
     ) -> dict[str, Any]:
         settings = settings_from_dict(request["settings"])
@@ -232,6 +235,7 @@ class NodeActor:
             progress=progress,
             spread=spread,
             ways=ways,
+            warn=warnings.append,
         )
         engine = NodeEngine(settings, progress=progress, store=store, crew=crew)
         try:

@@ -8,6 +8,7 @@ when the node has looked on its disk after the work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ ACCEPT_SECONDS = 30.0
 LOOK_SECONDS = 300.0
 END_SECONDS = 1.0
 RETRY_SECONDS = 1.0
+DEATH_SECONDS = 10.0
 # In the plan's order on every node: so whoever waits for a peer's blob waits for one that the peer
 # will come to.
 IMAGES_AT_ONCE = 4
@@ -174,8 +176,8 @@ class RunNode:
             return
         if not self.is_dead and seconds:
             # Its members go with it in any case; those that are told go at once.
-            call = actor.end_run.remote()
-            await asyncio.wait({asyncio.wrap_future(call.future())}, timeout=seconds)
+            with contextlib.suppress(StowrayError):
+                await cluster.ask(actor.end_run.remote(), self.name, seconds)
         cluster.end(actor)
 
     # -- what is there ----------------------------------------------------------------------------
@@ -359,6 +361,11 @@ class RunNode:
             if asking.done():
                 return asking.result()
             raise NodeError(self.name, self._reason)
+        except NodeError as error:
+            if cluster.is_homeless(error):
+                # Ray knows already what we shall be told in a moment.
+                await asyncio.wait({self._death}, timeout=DEATH_SECONDS)
+            raise
         finally:
             if not asking.done():
                 asking.cancel()

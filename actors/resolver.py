@@ -8,6 +8,7 @@ origin is decided here too, on one thread.
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import ray
@@ -32,13 +33,14 @@ class ResolverActor:
 
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
-        """Return ``{image, requests, documents, quota, events}`` or ``{error, events}``."""
+        """Return ``{image, requests, documents, quota}`` or ``{error}``; events, warnings."""
         engine = self._engines.get(request)
         source = source_from_dict(request["source"])
         options = options_from_dict(request["options"])
         progress = Progress(node=request["node"])
         report = progress.reporter(source.canonical)
         reply: dict[str, Any]
+        begun = time.monotonic()
         try:
             with self._tasks.running(request["run"]) as cancelled:
                 image, requests = engine.image_for(source, options, report, cancelled)
@@ -53,6 +55,7 @@ class ResolverActor:
             progress.fail_open(source.canonical, str(error))
             reply = {"error": to_wire(error)}
         reply["events"] = [event.to_dict() for event in progress.events()]
+        reply["warnings"] = engine.warnings_since(begun)
         return reply
 
     @ray.method(concurrency_group="work")
