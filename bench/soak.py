@@ -137,8 +137,9 @@ class Soak:
             age(self.command.store)
             self.command.run("gc")
             check_store(self.command.store, trees, finished=True)
-            if trees_of(self.command.store) != trees:
-                raise AssertionError("other trees than in the untouched store")
+            found = trees_of(self.command.store)
+            if found != trees:
+                raise AssertionError(f"other trees: {sorted(found.items() ^ trees.items())}")
         except (AssertionError, OSError, ValueError) as error:
             self.wrong.append(f"settling: {str(error)[:2000]}")
 
@@ -172,6 +173,7 @@ def main() -> int:
         references = soak.images(registry)
         pristine = Stowray(Path(folder) / "pristine", soak.home)
         pristine.run("pull", *references)
+        pristine.run("gc")
         trees = trees_of(pristine.store)
         soak.command.run("pull", references[0])
         if options.ray:

@@ -223,6 +223,7 @@ class LocalEngine:
     ) -> PullResult:
         begun = time.perf_counter()
         report = self.progress.reporter(source.canonical)
+        self._keep_documents(source, image, options, cancelled)
         plan = self._plan(image, options)
         _report_present(report, plan)
         try:
@@ -249,6 +250,19 @@ class LocalEngine:
             engine=self.name,
             node=self.settings.node_name,
         )
+
+    def _keep_documents(
+        self,
+        source: Source,
+        image: Image,
+        options: PullOptions,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Fetch documents again that were collected before the lease could name them."""
+        documents = (image.resolved, image.manifest_descriptor)
+        if not all(self.store.has(document.digest, document.size) for document in documents):
+            request, resolver = self._request(source, options, cancelled)
+            resolver.keep_documents(request, image)
 
     def _record(self, source: Source, image: Image, options: PullOptions) -> None:
         """Record the image, with the OCI twin of a Docker manifest beside it."""

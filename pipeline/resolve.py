@@ -102,6 +102,15 @@ class Resolver:
             offered.append(str(image.platform))
         raise PlatformError(str(request.platform), ", ".join(dict.fromkeys(offered)))
 
+    def keep_documents(self, request: Request, image: Image) -> None:
+        """Bring what leads to the image here again, where a collection took it.
+
+        Asked once the caller's lease names it: until then a collector may have seen no need for
+        documents that were here before.
+        """
+        for descriptor in (image.resolved, image.manifest_descriptor):
+            self._read(request, descriptor)
+
     def images(self, request: Request) -> list[Image]:
         """Return the image of every platform that the reference offers, in document order."""
         resolved = self.resolve(request)
