@@ -14,7 +14,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.stowray-setup
-SOURCES := pipeline actors stowray tests bench
+SOURCES := pipeline actors stowray tests bench release docs
 WORKERS ?= 2
 PYTEST ?= $(BIN)/pytest
 PYTEST_ARGS ?=
@@ -25,7 +25,7 @@ PEERS := docker-registry:docker-registry skopeo:skopeo umoci:umoci podman:podman
 	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux \
 	mksquashfs:squashfs-tools bwrap:bubblewrap fish:fish zsh:zsh jq:jq tmux:tmux
 
-.PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist all clean
+.PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist docs all clean
 
 help:  ## list the targets
 	@sed -n 's/^\([a-z-]*\):[^#]*##/\1:/p' $(firstword $(MAKEFILE_LIST)) | sed 's/: */\t/' | expand -t 16
@@ -100,9 +100,11 @@ test-cluster: setup  ## the tests on a Ray cluster
 bench: setup deps  ## side by side with the peers; see bench/README.md
 	$(BIN)/python -m bench.compare
 
-dist: setup  ## wheel and sdist in dist/
-	$(BIN)/python -m pip install --quiet build
-	$(BIN)/python -m build --outdir dist .
+dist: setup  ## wheel, sdist, bill of materials and notices in dist/, checked and tried
+	$(BIN)/python release/dist.py
+
+docs: setup  ## the documentation as a site in build/site, made offline
+	$(BIN)/python docs/build.py build/site
 
 all: check test  ## what CI runs
 
