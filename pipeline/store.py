@@ -14,6 +14,7 @@ STORE/ oci-layout index.json blobs/       what other tools read; ``index.json`` 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
@@ -155,11 +156,16 @@ class Store:
 
         if self._capabilities is None:
             cached = read_record_file(self.path / "capabilities.json") or {}
-            found = Capabilities.parse(cached.get("capabilities"))
-            if found is None or (self.writable and cached.get("key") != self._probe_key()):
-                found = probe(self.path)
-                self._remember(found)
-            self._capabilities = found
+            known = Capabilities.parse(cached.get("capabilities"))
+            if known is None or (self.writable and cached.get("key") != self._probe_key()):
+                try:
+                    known = probe(self.path)
+                    self._remember(known)
+                except StorageError as error:
+                    # A full disk must not keep the collector out: what was found last will do.
+                    if known is None or not _is_full(error):
+                        raise
+            self._capabilities = known
         return self._capabilities
 
     def _probe_key(self) -> dict[str, Any]:
@@ -500,3 +506,7 @@ class Store:
         if self.writable and is_current(descriptor, path):
             self.quarantine(digest)
         raise NotFoundError(str(digest), str(self.path))
+
+
+def _is_full(error: StorageError) -> bool:
+    return getattr(error.__cause__, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
