@@ -151,7 +151,8 @@ def _compare(
         for contender in chosen[run % len(chosen) :] + chosen[: run % len(chosen)]:
             if contender.name in failed:
                 continue
-            place = folder / f"{contender.name}-{run}"
+            # Never a place that was used before: a session remembers the stores it has seen.
+            place = folder / f"{contender.name}-{Path(source.repository).name}-{run}"
             place.mkdir()
             try:
                 samples[contender.name].append(contender.run(source, place))
