@@ -89,6 +89,7 @@ class LocalEngine:
         self.snapshots = Snapshots(self.store)
         self.on_begin: Callable[[], None] | None = None
         self.on_warning: Callable[[str], None] | None = None
+        self._warned: set[str] = set()
         self._begun = False
         self._fork_workers = fork_workers
         self._environment = os.environ if environment is None else environment
@@ -366,7 +367,10 @@ class LocalEngine:
         return run_plan(plan, submit, cancelled, commits_in_order=crew.commits_in_order)
 
     def _warn(self, text: str) -> None:
-        if self.on_warning is not None:
+        with self._lock:
+            is_new = text not in self._warned
+            self._warned.add(text)
+        if is_new and self.on_warning is not None:
             self.on_warning(text)
 
     def _put_damaged_aside(self, plan: Plan) -> bool:

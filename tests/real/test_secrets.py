@@ -297,8 +297,8 @@ import ray
 ray.init(address=sys.argv[1], log_to_driver=False, configure_logging=False)
 from ray._private.state import state
 from ray.experimental.internal_kv import _internal_kv_get, _internal_kv_list
-state._really_init_global_state()
-accessor = state.global_state_accessor
+state._connect_and_get_accessor()
+accessor = state._global_state_accessor
 tables = {
     "actors": accessor.get_actor_table(None, None),
     "jobs": accessor.get_job_table(),
