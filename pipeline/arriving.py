@@ -14,7 +14,9 @@ import time
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.files import translated
+from stowray.pipeline.ingest import CONDEMNED
 from stowray.pipeline.ingeststate import COMMITTED, IngestState, boot_key
+from stowray.pipeline.journal import Journal
 from stowray.pipeline.locks import try_lock, unlock
 from stowray.pipeline.stripe_state import StripeState
 
@@ -39,6 +41,8 @@ class Arriving:
         self._state = state
         self._stripes: StripeState | None = None
         self._look_at = 0.0
+        # Of the last generation whose bytes proved wrong; 0: of none.
+        self.condemned = Journal(directory / CONDEMNED).read().generation
 
     @classmethod
     def open(cls, store: Store, digest: Digest) -> Arriving | None:
@@ -112,6 +116,11 @@ class Arriving:
             return True
         unlock(self._state.descriptor)
         return False
+
+    def pace(self, stripe: Stripe) -> float:
+        """Return what the node expects of one source; see :meth:`StripeState.pace`."""
+        shown = self._shown(stripe)
+        return 0.0 if shown is None else shown.pace
 
     def _shown(self, stripe: Stripe) -> StripeState | None:
         shown = self._stripes

@@ -49,12 +49,17 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Have:
-    """How far a peer is, and whom it reads from; see :meth:`SourceChoice.told`."""
+    """How far a peer is, and whom it reads from; see :meth:`SourceChoice.told`.
+
+    ``condemned`` is the last generation whose bytes it found wrong itself, 0: none.
+    """
 
     have: int
     upstream: str | None
     generation: int
     complete: bool
+    condemned: int
+    pace: float = 0.0
 
 
 class PeerStream:
@@ -208,6 +213,7 @@ class PeerClient:
                 None if upstream is None else str(upstream),
                 int(told["generation"]),
                 bool(told["complete"]),
+                float(told.get("pace", 0.0)),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(address, "does not tell how far it is") from error

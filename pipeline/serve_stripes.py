@@ -1,7 +1,7 @@
 """What peers of one run ask each other for: stripes, how far they are, and what was hashed.
 
     GET /stowray/v1/stripes/DIGEST/INDEX/COUNT/UNIT?from=POSITION   bytes, as they come
-    GET /stowray/v1/have/DIGEST/INDEX/COUNT/UNIT                    {have, upstream, generation, …}
+    GET /stowray/v1/have/DIGEST/INDEX/COUNT/UNIT                    {have, upstream, pace, …}
     GET /stowray/v1/checkpoints/DIGEST                              what ``find_liar`` compares
 
 Invariant: only digests of the run are spoken of. A request for a blob that has not begun is held,
@@ -43,7 +43,13 @@ Value = TypeVar("Value")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 _FIRST_LOOK, _LONGEST_LOOK = 0.005, 0.1
 _LIFE_SECONDS = 0.25
-_NOTHING: dict[str, object] = {"have": 0, "upstream": None, "generation": 0, "complete": False}
+_NOTHING: dict[str, object] = {
+    "have": 0,
+    "upstream": None,
+    "generation": 0,
+    "complete": False,
+    "condemned": 0,
+}
 
 
 @dataclass(slots=True)
@@ -355,7 +361,7 @@ def _have(store: Store, digest: Digest, index: int, count: int, unit: int) -> di
         stripe = Stripe(os.fstat(found).st_size, index, count, unit)
     finally:
         os.close(found)
-    return {"have": stripe.length, "upstream": None, "generation": 0, "complete": True}
+    return {**_NOTHING, "have": stripe.length, "complete": True}
 
 
 def _told(arriving: Arriving, index: int, count: int, unit: int) -> dict[str, object]:
@@ -363,6 +369,8 @@ def _told(arriving: Arriving, index: int, count: int, unit: int) -> dict[str, ob
     return {
         "have": arriving.position(stripe),
         "upstream": arriving.upstream(stripe),
+        "pace": arriving.pace(stripe),
         "generation": arriving.generation,
         "complete": arriving.is_committed,
+        "condemned": arriving.condemned,
     }

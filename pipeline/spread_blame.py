@@ -3,8 +3,8 @@
 Invariant: nobody is banned for what it only passed on. A node is banned when it sent wrong bytes
 and said that it had proven them, or when the checkpoints of those through whose hands they went
 (``find_liar``) show that they were right before it and wrong after it; and the latter is only
-decided when this node has proven the blob itself. Until then, whoever may have sent them is left
-alone.
+decided when this node, or two others that say the same, have proven the blob. Until then, whoever
+may have sent them is left alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 from stowray.pipeline.errors import DigestMismatchError, NodeError
 from stowray.pipeline.fetch import WRONG_LIMIT
 from stowray.pipeline.source_choice import ORIGIN, Report, find_liar
+from stowray.pipeline.spread_leases import stripe_key
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
 
@@ -62,13 +63,16 @@ class Inquiry:
         """Return the checkpoints of what is about to be proven, if anybody will want them."""
         return self._job.ingest.checkpoints() if self._cases else {}
 
+    def forget(self) -> None:
+        """Take note that the bytes are dropped before anything was proven of them."""
+        self._is_resumed = False
+        self._tell_lost()
+
     def open(self, streams: Sequence[StripeStream], error: DigestMismatchError) -> None:
         """Take note that the bytes of ``streams`` proved wrong; ``error`` when that is final."""
         job = self._job
         case = _Case(job.ingest.condemned, streams)
-        for stream in streams:
-            with suppress(*OWNER_ERRORS):
-                job.shared.leases.lost(stream.key)
+        self._tell_lost()
         job.retry()
         givers = {giver for stream in streams for giver in stream.givers}
         is_resumed, self._is_resumed = self._is_resumed, False
@@ -84,15 +88,20 @@ class Inquiry:
             return
         self._cases.append(case)
         self._hear(case, givers)
+        known = len(self._convicted)
+        agreed = _agreed(case.witnesses)
+        if agreed is not None:
+            self._decide(case, agreed)
+            if len(self._convicted) > known:
+                return
         if not is_resumed:
             # Else the bytes that an earlier run left may have been the wrong ones.
             self._undecided += 1
-            job.distrusted = {
-                giver
-                for giver in givers - {ORIGIN}
-                if not (giver in case.witnesses and case.witnesses[giver].complete)
-                or any(stream.claimed(giver) for stream in streams)
-            }
+            # Those that said nothing of proof come first; by now they may have the right bytes.
+            claims = {claim for stream in streams for claim in stream.claims}
+            unproven = {giver for giver, claim in claims if not claim.complete}
+            proven = {name for name, witness in case.witnesses.items() if witness.complete}
+            job.distrusted = (unproven - proven if unproven else givers) - {ORIGIN}
 
     def close(self, proven: Mapping[int, bytes]) -> None:
         """Decide all cases: this node has proven the blob, with these checkpoints on the way."""
@@ -100,6 +109,12 @@ class Inquiry:
             self._decide(case, proven)
 
     # -- internals --------------------------------------------------------------------------------
+
+    def _tell_lost(self) -> None:
+        shared, count = self._job.shared, self._job.shown.count
+        for index in range(count):
+            with suppress(*OWNER_ERRORS):
+                shared.leases.lost(stripe_key(self._job.digest, index, count))
 
     def _hear(self, case: _Case, givers: set[str]) -> None:
         """Ask all through whose hands the bytes may have gone, before they forget."""
@@ -174,6 +189,14 @@ def _sole_liar(streams: Sequence[StripeStream]) -> str | None:
     if source == ORIGIN or not (claim.complete or len(streams) == 1):
         return None
     return source
+
+
+def _agreed(witnesses: Mapping[str, Witness]) -> Mapping[int, bytes] | None:
+    """Return the checkpoints of nodes that have proven the blob, if two or more say the same."""
+    told = [witness.checkpoints for witness in witnesses.values() if witness.complete]
+    if len(told) < 2 or any(points != told[0] for points in told):
+        return None
+    return told[0]
 
 
 def _first_difference(condemned: Mapping[int, bytes], proven: Mapping[int, bytes]) -> int | None:

@@ -22,7 +22,7 @@ from stowray.pipeline.source_choice import Patience
 from stowray.pipeline.spread_blame import Inquiry
 from stowray.pipeline.spread_job import Job
 from stowray.pipeline.spread_shared import Shared
-from stowray.pipeline.spread_stream import StripeStream
+from stowray.pipeline.spread_stream import StripeStream, VoidError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -171,7 +171,11 @@ class _Bringing:
     def bring(self) -> None:
         """Bring all bytes, prove and commit them."""
         while True:
-            streams = self._receive()
+            try:
+                streams = self._receive()
+            except VoidError:
+                self._begin_anew()
+                continue
             points = self._inquiry.checkpoints()
             try:
                 self._ingest.commit()
@@ -180,6 +184,13 @@ class _Bringing:
             else:
                 self._inquiry.close(points)
                 return
+
+    def _begin_anew(self) -> None:
+        """Drop bytes that their source has found wrong; that one is not to blame."""
+        self._inquiry.forget()
+        self._ingest.restart()
+        self._errors.clear()
+        self._job.go_on()
 
     def _receive(self) -> list[StripeStream]:
         """Receive all bytes of one generation."""

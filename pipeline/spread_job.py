@@ -58,6 +58,10 @@ class Job:
         """End all stripes soon."""
         self._stopped.set()
 
+    def go_on(self) -> None:
+        """Let new stripes run after all of before have ended."""
+        self._stopped.clear()
+
     def is_over(self) -> bool:
         """Tell whether the stripes are to end."""
         return self._stopped.is_set()

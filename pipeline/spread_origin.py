@@ -1,8 +1,8 @@
 """Reads from the origin in a run: what a lease allows, one exchange per permit.
 
 Invariant: nothing is asked of the origin without a lease on those very bytes and a permit for one
-connection; when a lease is lost, reading stops where its owner was told that it would. What the
-ingest has already is not asked for. Answers are checked as those of any pull (``registry``).
+connection; when a lease is lost, reading stops. What the ingest has already is not asked for.
+Answers are checked as those of any pull (``registry``).
 """
 
 from __future__ import annotations
@@ -28,10 +28,6 @@ if TYPE_CHECKING:
     from stowray.pipeline.spread_stream import StripeStream
 
 RENEW_SECONDS: Final = 1.0
-# A holder that is told to stop reads what it said it would: what is on its way in a moment.
-_MOST_RUN_OUT: Final = 4 << 20
-_RUN_OUT_SECONDS: Final = 0.25
-_LINGER_SECONDS: Final = 2.0
 _PERMIT_PAUSES: Final = (0.05, 0.5)
 _TOO_MANY: Final = 429
 _TOO_MANY_SECONDS: Final = 5.0
@@ -48,21 +44,10 @@ class Lease:
     end: int
     until: float
     renewed: float = 0.0
-    position: int = 0  # at the last renewal
-    stop_at: int | None = None  # lost: read no further than this
-    lost_at: float = 0.0
 
-    def lose(self, stop_at: int, now: float) -> None:
-        """Take note that reading ends at ``stop_at``."""
-        self.stop_at, self.lost_at = stop_at, now
-
-    def is_lost(self, position: int, now: float) -> bool:
-        """Tell whether nothing more may be read at ``position``: others may read it by now."""
-        if now >= self.until:
-            return True
-        if self.stop_at is None:
-            return False
-        return position >= self.stop_at or now - self.lost_at >= _LINGER_SECONDS
+    def is_lost(self, now: float) -> bool:
+        """Tell whether others may read it by now."""
+        return now >= self.until
 
 
 class OriginReader:
@@ -78,7 +63,7 @@ class OriginReader:
     def read(self, lease: Lease) -> Action | None:
         """Read what ``lease`` allows and return what the choice wants then."""
         stream, choice = self._stream, self._stream.choice
-        lease.renewed, lease.position = self._job.now(), choice.position
+        lease.renewed = self._job.now()
         stream.lease = lease
         try:
             if not self._get_permit(lease):
@@ -97,25 +82,21 @@ class OriginReader:
         """Renew the lease and the permit if it is time to; called by another thread."""
         stream = self._stream
         lease = stream.lease
-        if lease is None or lease.stop_at is not None or now - lease.renewed < RENEW_SECONDS:
+        if lease is None or lease.is_lost(now) or now - lease.renewed < RENEW_SECONDS:
             return
+        lease.renewed = now
         position = stream.choice.position
-        rate = (position - lease.position) / (now - lease.renewed)
-        run_out = min(int(rate * _RUN_OUT_SECONDS), _MOST_RUN_OUT)
-        # The last byte is never told before it is there: nothing left to renew is not a loss.
-        told = max(position, min(position + run_out, lease.end - 1))
-        lease.renewed, lease.position = now, position
+        if position >= lease.end:
+            return
         with suppress(*OWNER_ERRORS):
-            seconds = self._leases.progress(stream.key, told)
+            seconds = self._leases.progress(stream.key, position)
             if not seconds:
                 # Perhaps the owner has begun anew and knows of no lease.
                 length = stream.stripe.length
-                seconds = self._leases.declare(stream.key, length, told, lease.end)
+                seconds = self._leases.declare(stream.key, length, position, lease.end)
             if seconds:
-                lease.until = now + seconds
                 self._leases.permit(stream.key)
-            else:
-                lease.lose(told, now)
+            lease.until = now + seconds
 
     # -- permits ----------------------------------------------------------------------------------
 
@@ -124,7 +105,7 @@ class OriginReader:
         pause, longest = _PERMIT_PAUSES
         while True:
             self._job.check()
-            if lease.is_lost(self._stream.choice.position, self._job.now()):
+            if lease.is_lost(self._job.now()):
                 return False
             with suppress(*OWNER_ERRORS):
                 if self._leases.permit(self._stream.key):
@@ -138,7 +119,7 @@ class OriginReader:
         job, stream, choice = self._job, self._stream, self._stream.choice
         failures = 0
         has_permit = True
-        while choice.position < lease.end and not lease.is_lost(choice.position, job.now()):
+        while choice.position < lease.end and not lease.is_lost(job.now()):
             start, end = next(stream.stripe.ranges(choice.position, lease.end))
             gap = job.ingest.gap(start, end)
             if gap is None or gap[0] > start:
@@ -177,10 +158,10 @@ class OriginReader:
 
     def _exchange(self, lease: Lease, start: int, end: int) -> Action | None:
         """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request."""
-        job, stream, choice = self._job, self._stream, self._stream.choice
+        job, stream = self._job, self._stream
 
         def is_over() -> bool:
-            return job.is_over() or lease.is_lost(choice.position, job.now())
+            return job.is_over() or lease.is_lost(job.now())
 
         with self._open(start, end, is_over) as answer:
             read_into = reader(answer)
@@ -202,7 +183,7 @@ class OriginReader:
                 if at >= start:
                     action = stream.take(buffer[:count], ORIGIN)
                 at += count
-                if lease.is_lost(choice.position, job.now()):
+                if lease.is_lost(job.now()):
                     return action
             # Past the end of the body's framing, so that the connection is free again. Whether
             # what came is the blob is for its digest to tell.

@@ -55,6 +55,10 @@ class Claim:
 NO_CLAIM: Final = Claim(0, False)
 
 
+class VoidError(Exception):
+    """A source found its bytes wrong before this node could: those here are the same."""
+
+
 class StripeStream:
     """See the module."""
 
@@ -192,6 +196,8 @@ class StripeStream:
     def tick(self) -> Action | None:
         """Let the choice doubt the present source, and carry out its question."""
         shared, now = self._shared, self._job.now()
+        if self.choice.done:
+            return None
         shared.pulse.beat()
         if now - max(self._fed_at, self._asked_at) >= _HUNGER * shared.patience.starved:
             return self._ask_anyway(now)
@@ -226,7 +232,26 @@ class StripeStream:
             return choice.busy(job.now(), busy.seconds)
         except NodeError as error:
             job.retry()
+            if self._is_void(source, address):
+                raise VoidError(source) from error
             return choice.failed(job.now(), error.reason)
+
+    def _is_void(self, source: str, address: str) -> bool:
+        """Tell whether ``source`` broke off because what it sent was wrong, as it found out.
+
+        Only of a blob in one piece: there its bytes and those here are the same ones.
+        """
+        if self.stripe.count > 1 or not self._spans or self._spans[-1][1] != source:
+            return False
+        claim = self._spans[-1][2]
+        try:
+            told = self._shared.client.have(address, self._job.digest, self.stripe)
+        except NodeError:
+            return False
+        if claim.complete or (told.generation == claim.generation and not told.complete):
+            return False
+        # When it has the right bytes by now it does not know any more what it had before.
+        return told.complete or told.condemned >= claim.generation
 
     def _take_from(self, stream: PeerStream, source: str) -> Action | None:
         job, choice = self._job, self.choice

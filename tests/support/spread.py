@@ -278,11 +278,12 @@ class Proxy:
         while not self._closing.is_set():
             try:
                 client, _ = self._listener.accept()
+                self._live.append(client)
                 host, _, port = self.target.rpartition(":")
                 server = socket.create_connection((host, int(port)))
             except OSError:
                 return
-            self._live += [client, server]
+            self._live.append(server)
             for source, sink, answers in ((client, server, False), (server, client, True)):
                 thread = threading.Thread(
                     target=self._copy, args=(source, sink, answers), daemon=True

@@ -1,0 +1,264 @@
+"""Nodes that die, lag or lie in the middle of a run, and what becomes of the others."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.errors import DigestMismatchError
+from stowray.pipeline.source_choice import Patience
+from stowray.pipeline.stripes import Stripe
+from tests.support import stores
+from tests.support.registry import Fault, incompressible
+from tests.support.spread import Cluster, Proxy, overlap, wait_until
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+MIB = 1 << 20
+SIZE = 6 * MIB + 12_345
+# Larger than what is on its way or in buffers, and with checkpoints.
+LARGE = 40 * MIB
+UNIT = 8 * MIB
+
+
+@pytest.fixture
+def cluster(workspace: Path) -> Iterator[Cluster]:
+    with Cluster(workspace) as made:
+        yield made
+
+
+@pytest.fixture
+def proxies() -> Iterator[list[Proxy]]:
+    made: list[Proxy] = []
+    yield made
+    for proxy in made:
+        proxy.close()
+
+
+def put_before(cluster: Cluster, proxies: list[Proxy], name: str) -> Proxy:
+    """Let all others reach a node by way of a proxy only."""
+    proxy = Proxy(cluster.nodes[name].address)
+    proxies.append(proxy)
+    cluster.addresses[name] = proxy.address
+    return proxy
+
+
+def kinds(remarks: tuple[object, ...]) -> set[tuple[str, str]]:
+    return {(remark.source, remark.kind) for remark in remarks}  # type: ignore[attr-defined]
+
+
+# Death
+
+
+@pytest.mark.parametrize("how", ["refuses", "is silent"])
+def test_when_the_root_dies_only_what_died_with_it_is_read_again(
+    cluster: Cluster, proxies: list[Proxy], how: str
+) -> None:
+    digest = cluster.add(incompressible(SIZE))
+    proxy = put_before(cluster, proxies, "n0")
+    cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",), n2=("n0", "n1"), n3=("n1", "n0"))
+    cluster.origin.fault(f"/blobs/{digest}", Fault(stall=3 * MIB))
+    begun = cluster.begin(digest)
+    others = ("n1", "n2", "n3")
+    for name in others:
+        wait_until(lambda name=name: cluster.prefix(name, digest) == 3 * MIB, "the first half")
+    proxy.silent.set()
+    cluster[0].die()
+    if how == "refuses":
+        proxy.close()
+    cluster.leases.do(lambda leases, _: leases.node_died("n0"))
+    for name in others:
+        begun[name].result(timeout=120)
+    cluster.check(digest, *others)
+    first, *again = cluster.asked(digest)
+    assert first == (0, SIZE)
+    assert min(again)[0] == 3 * MIB
+    assert overlap(again) == 0
+    failed = [kinds(begun[name].result().remarks) for name in others]
+    assert ("n0", "failed") in set.union(*failed)
+
+
+def test_a_dead_node_in_the_middle_costs_the_origin_nothing(
+    cluster: Cluster, proxies: list[Proxy]
+) -> None:
+    digest = cluster.add(incompressible(SIZE))
+    proxy = put_before(cluster, proxies, "n1")
+    cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",), n2=("n1", "n0"), n3=("n2", "n1", "n0"))
+    cluster.origin.fault(f"/blobs/{digest}", Fault(trickle=(MIB // 4, 0.1)))
+    begun = cluster.begin(digest)
+    wait_until(lambda: cluster.prefix("n3", digest) >= MIB, "bytes at the end of the chain")
+    cluster[1].die()
+    proxy.close()
+    for name in ("n0", "n2", "n3"):
+        begun[name].result(timeout=120)
+    cluster.check(digest, "n0", "n2", "n3")
+    assert cluster.asked(digest) == [(0, SIZE)]
+
+
+def test_a_node_that_never_begins_is_looked_past(cluster: Cluster) -> None:
+    """Its server answers, but nothing fetches there: its disk is full, say."""
+    digest = cluster.add(incompressible(SIZE))
+    cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",), n2=("n0", "n1"), n3=("n0", "n1"))
+    cluster.fetch(digest, "n1", "n2", "n3")
+    cluster.check(digest, "n1", "n2", "n3")
+    assert overlap(cluster.asked(digest)) == 0
+
+
+# Slowness
+
+
+def test_a_slow_parent_is_left_at_the_same_byte(workspace: Path, proxies: list[Proxy]) -> None:
+    # So that the buffers of the sockets between are no part of it.
+    patience = Patience(silence=0.5, answer=5.0, slow=1.0, starved=8.0, margin=0, least_rate=1e6)
+    with Cluster(workspace, patience=patience) as cluster:
+        data = incompressible(SIZE)
+        digest = cluster.add(data)
+        for name in ("n0", "n1"):
+            stores.commit(cluster.nodes[name].store, data)
+        proxy = put_before(cluster, proxies, "n0")
+        proxy.bytes_per_second = 200_000
+        cluster.arrange(digest, [Stripe(SIZE)], n2=("n0", "n1"))
+        fetched = cluster.fetch(digest, "n2")["n2"]
+        cluster.check(digest, "n2")
+    assert cluster.asked(digest) == []
+    assert 0 < fetched.by_source["peer:n0"] < fetched.by_source["peer:n1"]
+    assert sum(fetched.by_source.values()) == fetched.fetched_bytes
+    assert kinds(fetched.remarks) == {("n0", "slow")}
+    # What was on its way is all that comes twice.
+    assert fetched.fetched_bytes == SIZE
+
+
+# Lies
+
+
+def flip(cluster: Cluster, name: str, digest: str, offset: int) -> None:
+    """Let the bytes of a committed blob rot on a node's disk."""
+    path = cluster.nodes[name].store.blob_path(Digest(digest))
+    path.chmod(0o600)
+    data = bytearray(path.read_bytes())
+    data[offset] ^= 0xFF
+    path.write_bytes(data)
+
+
+def test_a_holder_with_wrong_bytes_is_banned_and_others_finish_it(cluster: Cluster) -> None:
+    data = incompressible(SIZE)
+    digest = cluster.add(data)
+    for name in ("n0", "n1"):
+        stores.commit(cluster.nodes[name].store, data)
+    flip(cluster, "n0", digest, 5)
+    cluster.arrange(digest, [Stripe(SIZE)], n2=("n0", "n1"), n3=("n0", "n1"))
+    fetched = cluster.fetch(digest, "n2", "n3")
+    cluster.check(digest, "n2", "n3")
+    assert cluster.asked(digest) == []
+    for one in fetched.values():
+        assert ("n0", "lying") in kinds(one.remarks)
+        assert one.by_source == {"peer:n0": SIZE, "peer:n1": SIZE}
+        assert one.fetched_bytes == 2 * SIZE
+
+
+def test_a_banned_node_is_not_asked_for_the_next_blob(cluster: Cluster) -> None:
+    first, second = incompressible(SIZE, 1), incompressible(SIZE, 2)
+    digests = [cluster.add(first), cluster.add(second)]
+    for data in (first, second):
+        for name in ("n0", "n1"):
+            stores.commit(cluster.nodes[name].store, data)
+    flip(cluster, "n0", digests[0], 5)
+    parts = [cluster.part("n2", d, {Stripe(SIZE): ("n0", "n1")}) for d in digests]
+    both = type(parts[0])("n2", parts[0].portions + parts[1].portions, cluster.addresses)
+    cluster[2].join(both)
+    cluster[2].fetch(digests[0])
+    fetched = cluster[2].fetch(digests[1])
+    assert fetched.by_source == {"peer:n1": SIZE}
+
+
+def test_a_wrong_byte_on_the_way_is_charged_to_who_sent_it(
+    cluster: Cluster, proxies: list[Proxy]
+) -> None:
+    """A blob in one piece: the next in the chain finds out before it passes the last byte on."""
+    digest = cluster.add(incompressible(SIZE))
+    proxy = put_before(cluster, proxies, "n0")
+    seen = 0
+
+    def change(data: bytearray) -> None:
+        nonlocal seen
+        before, seen = seen, seen + len(data)
+        if before <= 2 * MIB < seen:
+            data[2 * MIB - before] ^= 0xFF
+
+    proxy.change = change
+    cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",), n2=("n1",), n3=("n2",))
+    fetched = cluster.fetch(digest)
+    cluster.check(digest)
+    assert ("n0", "lying") in kinds(fetched["n1"].remarks)
+    for name in ("n2", "n3"):
+        assert not any(kind == "lying" for _, kind in kinds(fetched[name].remarks)), name
+    # Once for the run, and once more because the only other copy is with a liar.
+    assert cluster.asked(digest) == [(0, SIZE), (0, SIZE)]
+
+
+def test_a_relay_of_wrong_stripes_is_not_banned(cluster: Cluster, proxies: list[Proxy]) -> None:
+    """n0 holds the blob and sends a wrong byte of it; n1 passes that on before it can know."""
+    data = incompressible(LARGE)
+    digest = cluster.add(data)
+    for name in ("n0", "n3"):
+        stores.commit(cluster.nodes[name].store, data)
+    proxy = put_before(cluster, proxies, "n0")
+    seen = 0
+
+    def change(received: bytearray) -> None:
+        nonlocal seen
+        before, seen = seen, seen + len(received)
+        if before <= 3 * MIB < seen:
+            received[3 * MIB - before] ^= 0xFF
+
+    proxy.change = change
+    first, second = (Stripe(LARGE, index, 2, UNIT) for index in range(2))
+    cluster[1].join(cluster.part("n1", digest, {first: ("n0", "n3"), second: ("n3",)}))
+    cluster[2].join(cluster.part("n2", digest, {first: ("n1", "n3"), second: ("n3",)}))
+    fetched = cluster.fetch(digest, "n1", "n2")
+    cluster.check(digest, "n1", "n2")
+    assert cluster.asked(digest) == []
+    for name in ("n1", "n2"):
+        lying = {source for source, kind in kinds(fetched[name].remarks) if kind == "lying"}
+        assert lying <= {"n0"}, f"{name} BLAMES {lying}"
+    assert ("n0", "lying") in kinds(fetched["n1"].remarks)
+
+
+def test_wrong_bytes_of_the_origin_are_asked_for_once_more_and_never_committed(
+    cluster: Cluster,
+) -> None:
+    digest = cluster.add(incompressible(SIZE))
+    cluster.origin.fault(f"/blobs/{digest}", Fault(corrupt=7))
+    cluster.spread(digest)
+    cluster.fetch(digest)
+    cluster.check(digest)
+    assert len(cluster.asked(digest)) == 2
+
+
+def test_an_origin_that_has_wrong_bytes_only_fails_the_root(cluster: Cluster) -> None:
+    digest = cluster.add(incompressible(SIZE))
+    cluster.origin.fault(f"/blobs/{digest}", Fault(corrupt=7), repeat=True)
+    cluster.spread(digest)
+    root = next(name for name in cluster.nodes if cluster.is_root(name))
+    with pytest.raises(DigestMismatchError):
+        cluster.fetch(digest, root)
+    assert not cluster.nodes[root].store.has(Digest(digest))
+
+
+def test_an_earlier_partial_that_is_wrong_is_nobody_s_fault(cluster: Cluster) -> None:
+    data = incompressible(SIZE)
+    digest = cluster.add(data)
+    stores.commit(cluster[0].store, data)
+    ingest = cluster[1].store.acquire(Digest(digest), SIZE)
+    assert ingest is not None
+    with ingest:
+        ingest.write(bytes(MIB))
+    cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",))
+    fetched = cluster.fetch(digest, "n1")["n1"]
+    cluster.check(digest, "n1")
+    assert fetched.remarks == ()
+    assert fetched.fetched_bytes == 2 * SIZE - MIB
