@@ -203,7 +203,10 @@ class RunNode:
     def spread_state(self) -> NodeState:
         """Return what the planner of the trees needs to know of the node."""
         wanted = {digest for image in self.images for digest in _layer_digests(image)}
-        return NodeState(self.name, frozenset(wanted - self.survey.present), address=self.address)
+        present = self.survey.present
+        return NodeState(
+            self.name, frozenset(wanted - present), present & wanted, address=self.address
+        )
 
     def holder_state(self) -> NodeState:
         """Return the same of a node that has all of its images by now."""

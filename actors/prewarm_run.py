@@ -85,7 +85,13 @@ class ClusterRun:
             (report.node_id, self._wished_name(entry, report))
             for entry, report in zip(described, reports, strict=True)
         ]
-        self.names = unique_names(wished, self.names)
+        # One that left and comes again under its name, with another ID, has its store again.
+        taken = {
+            node_id: name
+            for node_id, name in self.names.items()
+            if node_id in self.nodes and not self.nodes[node_id].is_dead
+        }
+        self.names |= unique_names(wished, taken)
         # Documents are kept in the store of the node that this is.
         self._images.node = self.names.get(self._driver_node, "")
         facts = [_facts(self.names[str(entry["NodeID"])], entry) for entry in described]
@@ -93,6 +99,7 @@ class ClusterRun:
         for entry, report, fact in zip(described, reports, facts, strict=True):
             if not selection.takes(fact):
                 continue
+            context.state.forget_node(fact.name)
             context.state.update_node(fact.name, node_id=fact.node_id, wave=self._wave)
             complaint = foreign.complaint(report)
             if complaint:
@@ -393,9 +400,7 @@ class ClusterRun:
             context.resolver.node_died.remote(context.run, node.name)
             if is_over:
                 context.state.warnings.append(f"{node.name} has left the cluster")
-                del context.state.nodes[node.name]
-                for key in [key for key in context.state.cells if key[0] == node.name]:
-                    del context.state.cells[key]
+                context.state.forget_node(node.name)
                 del self.nodes[node_id]
             else:
                 context.state.lose_node(node.name, "the node has left the cluster or is dead")

@@ -78,6 +78,13 @@ class RunState:
             self.update_cell(name, cell.reference, status="failed", error=dict(error))
         self.update_node(name, state=state, error=dict(error))
 
+    def forget_node(self, name: str) -> None:
+        """Take a node out of the report, as one that left when all was done."""
+        self.changed = True
+        self.nodes.pop(name, None)
+        for key in [key for key in self.cells if key[0] == name]:
+            del self.cells[key]
+
     def lose_node(self, name: str, reason: str) -> None:
         """Note that a node is dead; what it had does not count any more."""
         if self.nodes[name].state == "dead":
