@@ -45,12 +45,15 @@ class PrewarmPicture:
     def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
         self._clock = clock
         self._lock = threading.Lock()
+        self._report = PrewarmReport()
+        self._begin()
+
+    def _begin(self) -> None:
         self._seen: dict[Key, tuple[int, int]] = {}
         # Of each node and image: bytes done and to do, as far as events have told.
         self._work: dict[tuple[str, str], list[int]] = {}
         self._reached: dict[tuple[str, str], float] = {}
         self._fraction = 0.0
-        self._report = PrewarmReport()
         self._cells: dict[str, list[Cell]] = {}
         self._sizes: dict[str, int] = {}
         # Of each node: the weight of its cells, and how much of it is done. Those that changed are
@@ -88,6 +91,9 @@ class PrewarmPicture:
         """Take in the report so far."""
         cells = node_cells(report)
         with self._lock:
+            if self._report.run and report.run != self._report.run:
+                # Another run of the same program: it begins at nothing.
+                self._begin()
             self._report = report
             self._cells = cells
             self._sizes = {image.reference: image.size for image in report.images}

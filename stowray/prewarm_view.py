@@ -101,6 +101,9 @@ class PlainView:
     def report(self, report: PrewarmReport) -> None:
         """Write what is new."""
         with self._lock:
+            if report.run != self._picture.report.run:
+                self._told.clear()
+                self._waves.clear()
             self._picture.take(report)
             lines = self._cells(report) if len(report.nodes) <= PLAIN_NODES else []
             lines += self._nodes(report)
@@ -231,8 +234,9 @@ def _bar(figures: Figures, report: PrewarmReport, width: int) -> Text:
 
 def _headline(report: PrewarmReport, figures: Figures) -> str:
     parts = [f"{int(figures.fraction * 100)}%"]
+    nodes = count_text(len(report.nodes), "node")
     images = count_text(len(report.images), "image")
-    parts.append(f"{images} on {count_text(len(report.nodes), 'node')}")
+    parts.append(f"{images} on {nodes}" if report.images else f"starting on {nodes}")
     if figures.eta:
         parts.append(f"{seconds_text(figures.eta)} to go")
     return " · ".join(parts)

@@ -197,9 +197,9 @@ class Running:
         self._context = context
         self._interrupted = threading.Event()
         self._handlers: dict[int, Any] = {}
-        self._progress: Progress = Progress()
+        self.progress: Progress = Progress()
         mode = "none" if context.value("quiet") else context.value("progress", "auto")
-        self._display = Display(self._progress, mode, sys.stderr)
+        self._display = Display(self.progress, mode, sys.stderr)
         self._run: Run | None = None
 
     def __enter__(self) -> Self:
@@ -212,7 +212,7 @@ class Running:
             if self._run is not None:
                 self._run.close()
         finally:
-            self._progress.close()
+            self.progress.close()
             self._display.close()
             for number, handler in self._handlers.items():
                 signal.signal(number, handler)
@@ -221,15 +221,21 @@ class Running:
         """Return the run of ``plan``; it is closed when this is left."""
         from stowray.job import make_run
 
-        self._run = make_run(
-            plan,
-            self._context.settings,
-            progress=self._progress,
-            lock=lock or plan.lock_path(file),
-            watch=watch,
+        return self.take(
+            make_run(
+                plan,
+                self._context.settings,
+                progress=self.progress,
+                lock=lock or plan.lock_path(file),
+                watch=watch,
+            )
         )
-        self._run.on_change = self._display.report
-        return self._run
+
+    def take(self, run: Run) -> Run:
+        """Show ``run``, which reports to :attr:`progress`, and close it when this is left."""
+        self._run = run
+        run.on_change = self._display.report
+        return run
 
     def cancelled(self) -> bool:
         """Return whether the user has interrupted the command."""

@@ -87,6 +87,19 @@ def test_percentages_never_fall_and_end_at_a_hundred(
     assert picture.figures().fraction == 1.0
 
 
+def test_another_run_begins_at_nothing() -> None:
+    picture = PrewarmPicture(Time().clock())
+    picture.take(make_report(NODES, IMAGES))
+    assert picture.figures().fraction == 1.0
+    picture.take(make_report(NODES, IMAGES, status="working", run="another"))
+    assert picture.figures().fraction == 0.0
+    stream = io.StringIO()
+    view = PlainView(stream, Time().clock())
+    for run in "12":
+        view.report(make_report(["a"], IMAGES[:1], run=run))
+    assert len(stream.getvalue().splitlines()) == 2
+
+
 def test_download_and_unpack_weigh_alike() -> None:
     picture = PrewarmPicture(Time().clock())
     picture.take(make_report(["a"], IMAGES[:1], status="working", size=10 * MIB))
