@@ -190,7 +190,7 @@ class StripeStream:
                 told = self._shared.client.have(address, job.digest, self.stripe)
             except NodeError:
                 return None
-            action = self.choice.told(job.now(), told.have, told.upstream)
+            action = self.choice.told(job.now(), told.have, told.upstream, pace=told.pace)
         return action
 
     def tick(self) -> Action | None:
@@ -199,6 +199,7 @@ class StripeStream:
         if self.choice.done:
             return None
         shared.pulse.beat()
+        self._job.shown.tell_pace(shared.pulse.expected)
         if now - max(self._fed_at, self._asked_at) >= _HUNGER * shared.patience.starved:
             return self._ask_anyway(now)
         return self.settle(self.choice.tick(now, shared.pulse.expected))

@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME: Final = "stripes"
-_MAGIC: Final = int.from_bytes(b"STOWSTR1", "little")
-# Magic, generation, count, unit.
+_MAGIC: Final = int.from_bytes(b"STOWSTR2", "little")
+# Magic, generation, count, unit; then the pace.
 _HEADER: Final = struct.Struct("=4Q")
 _GENERATION_AT: Final = 8
+_PACE: Final = struct.Struct("=d")
+_RECORDS_AT: Final = _HEADER.size + _PACE.size
 _VOID: Final = (1 << 64) - 1
 _MASK: Final = (1 << 64) - 1
 # Position and complement; check sum and length of the name, the name.
@@ -48,6 +50,7 @@ class StripeState:
         self._map = mmap.mmap(descriptor, length, access=mmap.ACCESS_READ)
         _, _, count, unit = _HEADER.unpack_from(self._map)
         self.count, self.unit = int(count), int(unit)
+        self._told_pace = 0.0
 
     @classmethod
     def create(cls, directory: Path, generation: int, count: int, unit: int) -> StripeState:
@@ -60,9 +63,10 @@ class StripeState:
         try:
             nothing = _POSITION.pack(0, _MASK) + _NAME.pack(0, _LOOKING) + bytes(_NAME_LIMIT)
             os.pwrite(descriptor, _HEADER.pack(_MAGIC, generation, count, unit), 0)
-            os.pwrite(descriptor, nothing * count, _HEADER.size)
+            os.pwrite(descriptor, _PACE.pack(0.0), _HEADER.size)
+            os.pwrite(descriptor, nothing * count, _RECORDS_AT)
             temporary.rename(path)
-            return cls(descriptor, _HEADER.size + count * _RECORD)
+            return cls(descriptor, _RECORDS_AT + count * _RECORD)
         except BaseException:
             os.close(descriptor)
             raise
@@ -80,7 +84,7 @@ class StripeState:
             head = os.pread(descriptor, _HEADER.size, 0)
             if len(head) == _HEADER.size:
                 magic, _, count, _ = _HEADER.unpack(head)
-                length = _HEADER.size + min(count, STRIPE_LIMIT + 1) * _RECORD
+                length = _RECORDS_AT + min(count, STRIPE_LIMIT + 1) * _RECORD
                 if magic == _MAGIC and os.fstat(descriptor).st_size == length:
                     return cls(descriptor, length)
         except BaseException:
@@ -130,6 +134,11 @@ class StripeState:
                 return name.decode("utf-8", "replace")
         return None
 
+    @property
+    def pace(self) -> float:
+        """What the node expects of one source, in bytes per second; 0: it does not know yet."""
+        return float(_PACE.unpack_from(self._map, _HEADER.size)[0])
+
     # -- for the writer ---------------------------------------------------------------------------
 
     def begin(self, generation: int) -> None:
@@ -149,8 +158,15 @@ class StripeState:
         data = _NAME.pack(zlib.crc32(name), length) + name[:_NAME_LIMIT]
         os.pwrite(self._descriptor, data, self._record(index) + _POSITION.size)
 
+    def tell_pace(self, pace: float) -> None:
+        """Tell what the node expects of one source; see :meth:`pace`."""
+        if pace != self._told_pace:
+            self._told_pace = pace
+            # Eight aligned bytes: no reader sees half of them.
+            os.pwrite(self._descriptor, _PACE.pack(pace), _HEADER.size)
+
     def _record(self, index: int) -> int:
-        return _HEADER.size + index * _RECORD
+        return _RECORDS_AT + index * _RECORD
 
 
 def end_showing(directory: Path, generation: int, size: int) -> list[tuple[int, int]]:
