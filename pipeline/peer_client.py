@@ -59,7 +59,7 @@ class Have:
     generation: int
     complete: bool
     condemned: int
-    pace: float = 0.0
+    pace: float
 
 
 class PeerStream:
@@ -213,7 +213,8 @@ class PeerClient:
                 None if upstream is None else str(upstream),
                 int(told["generation"]),
                 bool(told["complete"]),
-                float(told.get("pace", 0.0)),
+                int(told["condemned"]),
+                float(told["pace"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(address, "does not tell how far it is") from error

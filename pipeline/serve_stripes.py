@@ -49,6 +49,7 @@ _NOTHING: dict[str, object] = {
     "generation": 0,
     "complete": False,
     "condemned": 0,
+    "pace": 0.0,
 }
 
 
