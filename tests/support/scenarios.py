@@ -231,7 +231,8 @@ def mend(path: Path, boot: Boot = FIRST_BOOT) -> None:
             if blob.exists():
                 with suppress(OSError):
                     content = bytearray(blob.read_bytes())
-                    content[100] ^= 1
+                    if len(content) > 100:
+                        content[100] ^= 1
                     blob.chmod(0o600)
                     blob.write_bytes(content)
                     blob.chmod(0o444)
