@@ -471,7 +471,8 @@ class Simulation:
         begin = max(first, self.origin_free)
         self.origin_free = begin + size / world.origin
         stream.sent = max(self.origin_free, first + size / world.origin_connection)
-        self.at(begin, self.land, stream, stream.token)
+        # Its bytes come evenly until then: an origin serves all that read from it side by side.
+        self.at(first, self.land, stream, stream.token)
 
     def send(self, stream: Stream) -> None:
         """Let the source send the next unit, now or when it begins to have it."""

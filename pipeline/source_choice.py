@@ -215,6 +215,7 @@ class SourceChoice:
         "_sources",
         "_spans",
         "_standing",
+        "_starved_position",
         "_starved_since",
         "_waits_for_lease",
         "_window",
@@ -247,6 +248,7 @@ class SourceChoice:
         self._asked = 0.0
         self._answered = 0.0
         self._starved_since = 0.0
+        self._starved_position = position
         self._dry = False
         self._window = 0.0
         self._window_position = position
@@ -300,13 +302,14 @@ class SourceChoice:
 
     def received(self, count: int, now: float) -> Action | None:
         """Take note of bytes from the present source."""
+        patience = self._patience
         further = bool(self._asked) and self._hop != self.source
-        if (self._dry or further) and now - self._heard >= self._patience.silence:
+        if (self._dry or further) and now - self._heard >= patience.silence + patience.answer / 2:
             # The source has one again: how long it had none says nothing of its rate.
             self._turn_window(now)
         self._dry = False
         if further:
-            self._suspect(now, self._patience.answer / 4)
+            self._suspect(now, patience.answer / 4)
         self.position += count
         self._heard = now
         self._asked = 0.0
@@ -370,7 +373,13 @@ class SourceChoice:
             self._suspect(now, patience.answer)
             self._starve(now)
             return None
+        least = max(expected * patience.slow_fraction, patience.least_rate)
         if self._starved_since and now - self._starved_since >= patience.starved:
+            came = self.position - self._starved_position
+            if came >= least * (now - self._starved_since):
+                # In bursts with pauses between them, but as much as is to be expected.
+                self._starved_since, self._reader_had = 0.0, -1
+                return None
             if self._reader_had >= 0:
                 return self._leave(now, _SLOW, "gets nothing from the origin")
             return self._leave(now, _STARVED, "has waited too long itself")
@@ -378,7 +387,7 @@ class SourceChoice:
             return self._probe(now, self.source)
         if now - self._window >= patience.slow:
             rate = (self.position - self._window_position) / (now - self._window)
-            if rate < max(expected * patience.slow_fraction, patience.least_rate):
+            if rate < least:
                 return self._probe(now, self.source)
             self._turn_window(now)
             self._starved_since = 0.0
@@ -523,7 +532,8 @@ class SourceChoice:
         self._asked = 0.0
         self._answered = now
         self._dry = True
-        self._starved_since = self._starved_since or now
+        if not self._starved_since:
+            self._starved_since, self._starved_position = now, self.position
         self._turn_window(now)
 
     def _suspect(self, now: float, seconds: float) -> None:

@@ -176,6 +176,20 @@ def test_a_slow_source_that_blames_nobody_is_left_however_far_up_the_bytes_are()
     assert one.told(2.3, position + 1, ORIGIN, pace=RATE) == Fetch("other", position)
 
 
+def test_a_source_that_gives_enough_in_bursts_is_kept() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    for second in range(1, 60):
+        if second % 3 == 0:
+            assert one.received(int(3 * RATE), second) is None
+        action = one.tick(second, RATE)
+        while isinstance(action, Probe):
+            upstream = {"parent": "grandparent", "grandparent": None}[action.source]
+            action = one.told(second, one.position, upstream)
+        assert action is None
+    assert one.source == "parent"
+
+
 def test_nodes_that_wait_for_each_other_are_not_asked_for_ever() -> None:
     one = choice("parent")
     one.begin(0.0)
