@@ -1,0 +1,158 @@
+"""The `stowray` command on a cluster of four nodes, judged by what it prints and writes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from stowray.pipeline.lock_file import read_lock
+from stowray.pipeline.prewarm_report import PrewarmReport
+from tests.cluster.prewarm import add_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from tests.support.ray_cluster import RayCluster
+    from tests.support.registry import FakeRegistry
+
+PROGRAM = Path(sys.executable).parent / "stowray"
+NODES = ["n0", "n1", "n2", "n3"]
+SECONDS = 240.0
+
+
+@pytest.fixture
+def start(four_nodes: RayCluster, workspace: Path) -> Callable[..., subprocess.Popen[str]]:
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "XDG_", "STOWRAY_"))
+    }
+
+    def begin(*arguments: str | Path, progress: str = "none") -> subprocess.Popen[str]:
+        common = ["--address", four_nodes.address, "--store", str(workspace / "{node}")]
+        return subprocess.Popen(
+            [str(PROGRAM), *common, "--progress", progress, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**kept, **four_nodes.environment, "XDG_RUNTIME_DIR": str(workspace)},
+        )
+
+    return begin
+
+
+def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
+    out, err = process.communicate(timeout=SECONDS)
+    return process.returncode, out, err
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_plan_prewarm_status_and_repair(
+    start: Callable[..., subprocess.Popen[str]], registry: FakeRegistry, workspace: Path
+) -> None:
+    reference = add_image(registry, "cli", 300_000, 2000)
+    plan = workspace / "plan.toml"
+    plan.write_text(f'images = ["{reference}"]\nlock = "images.lock"\nwaves = [1, "100%"]\n')
+
+    code, out, err = finish(start("--json", "plan", "-f", plan))
+    assert code == 0, err
+    *needs, total = lines_of(out)
+    assert [line["node"] for line in needs] == NODES
+    # n0, where the command runs, has looked at the documents, and so has the config already.
+    size, *rest = [line["fetch_bytes"] for line in needs]
+    assert size > 302_000
+    assert {blob["blob"] for line in needs[1:] for blob in line["blobs"]} == {"need"}
+    assert (total["plan"]["origin_bytes"], total["plan"]["peer_bytes"]) == (size, sum(rest))
+    assert registry.count("/blobs/") <= 1, "a dry run fetched layers"
+
+    code, _, err = finish(start("--json", "status", "-f", plan))
+    assert code == 3, err
+
+    html, record = workspace / "r.html", workspace / "r.json"
+    command = ("--json", "prewarm", "-f", plan, "--report", html, "--report", record)
+    code, out, err = finish(start(*command, "--receipts", workspace / "receipts"))
+    assert code == 0, err
+    results = lines_of(out)
+    assert [line["node"] for line in results] == NODES
+    assert all(line["present"] and line["layers"] for line in results)
+    sources = {layer["source"] for line in results for layer in line["layers"]}
+    assert registry.host in sources
+    assert any(source.startswith("peer:") for source in sources)
+    assert all(node in err for node in NODES)
+    report = PrewarmReport.from_dict(json.loads(record.read_text()))
+    assert report.origin_bytes == size
+    assert "http-equiv" in html.read_text()
+    assert sorted(path.stem for path in (workspace / "receipts").iterdir()) == NODES
+    lock = read_lock(workspace / "images.lock")
+    assert lock is not None
+    assert [image.digest for image in lock.images.values()] == [results[0]["resolved"]]
+
+    code, out, err = finish(start("status", "-f", plan))
+    assert code == 0, err
+    assert [line.split()[1] for line in out.splitlines()[1:]] == ["ready"] * 4
+
+    digest = results[0]["layers"][0]["digest"].partition(":")[2]
+    blobs = registry.count("/blobs/")
+    (workspace / "n2" / "blobs" / "sha256" / digest).unlink()
+    code, out, err = finish(start("--json", "status", "-f", plan))
+    assert code == 1, err
+    assert {line["node"] for line in lines_of(out) if not line["present"]} == {"n2"}
+    code, _, err = finish(start("status", "-f", plan, "--repair"))
+    assert code == 0, err
+    assert registry.count("/blobs/") == blobs, "what other nodes have was fetched again"
+
+
+def test_what_does_not_exist_is_said_per_reference(
+    start: Callable[..., subprocess.Popen[str]], registry: FakeRegistry
+) -> None:
+    good = add_image(registry, "good", 1000)
+    code, out, err = finish(start("--json", "prewarm", good, f"{registry.host}/a/none:1"))
+    assert code == 1, err
+    failed = [line for line in lines_of(out) if "error" in line]
+    assert {line["error"]["type"] for line in failed} == {"NotFoundError"}
+    assert sum(bool(line.get("present")) for line in lines_of(out)) == 4
+    code, _, err = finish(start("prewarm", f"{registry.host}/a/none:1"))
+    assert code == 3, err
+
+
+def test_nodes_are_selected_and_events_are_told(
+    start: Callable[..., subprocess.Popen[str]], registry: FakeRegistry
+) -> None:
+    reference = add_image(registry, "some", 1000)
+    command = ("-q", "--json", "prewarm", reference, "--nodes", "n[13]")
+    code, out, err = finish(start(*command))
+    assert code == 0, err
+    assert [line["node"] for line in lines_of(out)] == ["n1", "n3"]
+    code, _, err = finish(start("prewarm", reference, "--nodes", "n3", progress="json"))
+    assert code == 0, err
+    events = [json.loads(line) for line in err.splitlines() if line.startswith('{"time"')]
+    assert "n3" in {event["node"] for event in events}
+
+
+def test_a_signal_ends_a_run_with_its_report(
+    start: Callable[..., subprocess.Popen[str]], registry: FakeRegistry
+) -> None:
+    reference = add_image(registry, "watched", 1000)
+    process = start("--json", "prewarm", reference, "--watch", progress="plain")
+    assert process.stderr is not None
+    # All four are ready and the run waits for nodes that may join.
+    seen = ""
+    while seen.count(" pulled") < 4:
+        line = process.stderr.readline()
+        assert line, seen
+        seen += line
+    process.send_signal(signal.SIGINT)
+    code, out, _ = finish(process)
+    # 130 if the signal came before the run had begun to wait for others.
+    assert code in (0, 130)
+    assert [line["node"] for line in lines_of(out)] == NODES
