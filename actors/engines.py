@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.actors.wire import settings_from_dict
 from stowray.pipeline.engine import LocalEngine
+from stowray.pipeline.notices import unquoted
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import Request
 from stowray.pipeline.store import Store
@@ -64,7 +65,7 @@ class MemberEngine(LocalEngine):
 
     def _warn(self, text: str) -> None:
         with self._lock:
-            self._told.append((time.monotonic(), text))
+            self._told.append((time.monotonic(), unquoted(text)))
 
     def image_for(
         self,

@@ -20,6 +20,17 @@ if TYPE_CHECKING:
     from stowray.pipeline.limiter import Limiter
     from stowray.pipeline.response import Response
 
+_WARNS = " warns: "
+
+
+def unquoted(notice: str) -> str:
+    """Return a notice for another process without the registry's own words.
+
+    They may repeat a token that only another process of the run was given and would redact.
+    """
+    host, warns, _ = notice.partition(_WARNS)
+    return f"{host} sends a warning; `stowray resolve` shows it" if warns else notice
+
 
 class Notices:
     """Reads the side notes of answers; thread-safe."""
@@ -75,7 +86,7 @@ class Notices:
             self._tell(f"{host}: {quota}")
 
     def _show(self, host: str, text: str) -> None:
-        self._tell(f"{host} warns: {self._secrets.redact(text)}")
+        self._tell(f"{host}{_WARNS}{self._secrets.redact(text)}")
 
     def _tell(self, shown: str) -> None:
         if self._warn is None:
