@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         (errno.EMFILE, "ulimit -n"),
         (errno.ENFILE, "on this machine"),
         (errno.ELOOP, "symbolic link"),
-        (errno.ENOMEM, "Cannot allocate memory"),
+        (errno.ENOMEM, "out of memory"),
     ],
 )
 def test_system_errors_become_sentences(code: int, advice: str) -> None:
