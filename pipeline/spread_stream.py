@@ -42,6 +42,7 @@ TICK_SECONDS: Final = 0.25
 OWNER_SECONDS: Final = 60.0
 # After so many times the patience with one that waits itself, this stripe looks further.
 _HUNGER: Final = 2.0
+_BETWEEN_SECONDS: Final = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,10 +246,16 @@ class StripeStream:
         if self.stripe.count > 1 or not self._spans or self._spans[-1][1] != source:
             return False
         claim = self._spans[-1][2]
-        try:
-            told = self._shared.client.have(address, self._job.digest, self.stripe)
-        except NodeError:
-            return False
+        until = self._job.now() + self._shared.patience.answer
+        while True:
+            try:
+                told = self._shared.client.have(address, self._job.digest, self.stripe)
+            except NodeError:
+                return False
+            if told.generation or told.complete or self._job.now() >= until:
+                break
+            # Between two generations it has nothing to tell for a moment.
+            self._job.wait(_BETWEEN_SECONDS)
         if claim.complete or (told.generation == claim.generation and not told.complete):
             return False
         # When it has the right bytes by now it does not know any more what it had before.
