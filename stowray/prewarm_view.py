@@ -237,7 +237,7 @@ def _headline(report: PrewarmReport, figures: Figures) -> str:
     nodes = count_text(len(report.nodes), "node")
     images = count_text(len(report.images), "image")
     parts.append(f"{images} on {nodes}" if report.images else f"starting on {nodes}")
-    if figures.eta:
+    if figures.eta and figures.fraction >= 0.01:  # before that a guess would be off by far
         parts.append(f"{seconds_text(figures.eta)} to go")
     return " · ".join(parts)
 
