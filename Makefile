@@ -23,7 +23,8 @@ PYTEST_ARGS ?=
 PEERS := docker-registry:docker-registry skopeo:skopeo umoci:umoci podman:podman \
 	containerd:containerd ctr:containerd runc:runc crun:crun debootstrap:debootstrap \
 	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux \
-	mksquashfs:squashfs-tools bwrap:bubblewrap fish:fish zsh:zsh jq:jq tmux:tmux
+	mksquashfs:squashfs-tools bwrap:bubblewrap fish:fish zsh:zsh jq:jq tmux:tmux \
+	nginx:nginx-light squid:squid
 
 .PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist docs all clean
 
