@@ -27,6 +27,8 @@ _SPECIAL_BITS = 0o7000
 _LARGE = 64 << 20
 _WARNINGS = 50
 _UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENODATA})
+# Attributes of one file, in bytes, that any file system with attributes has a place for.
+_FITS_EVERYWHERE = 512
 
 
 class EntryMaker:
@@ -239,12 +241,25 @@ class EntryMaker:
                 wanted[key] = value
         failed: dict[bytes, bytes] = {}
         for key, error in tree_ops.set_xattrs(target, wanted):
-            full = error.errno in {errno.ENOSPC, errno.EDQUOT, errno.E2BIG, errno.ERANGE}
-            if error.errno not in _UNSUPPORTED and not (full and key.startswith(b"user.")):
+            large = key.startswith(b"user.") and self._is_too_large(error, wanted)
+            if error.errno not in _UNSUPPORTED and not large:
                 raise error
             self._warn(path, key, f"cannot be set: {error.strerror}")
             failed[key] = wanted[key]
         return failed
+
+    def _is_too_large(self, error: OSError, wanted: dict[bytes, bytes]) -> bool:
+        """Say whether this file system has no place for so much; a full disk is something else.
+
+        ext4 gives ENOSPC for both: it keeps the attributes of a file in one block of 1 to 64 KiB.
+        """
+        if error.errno in {errno.E2BIG, errno.ERANGE}:
+            return True
+        size = sum(len(key) + len(value) for key, value in wanted.items())
+        if error.errno != errno.ENOSPC or size < _FITS_EVERYWHERE:
+            return False
+        system = os.fstatvfs(self.tree.root.descriptor)
+        return system.f_bavail > 0
 
     def _warn(self, path: bytes, key: bytes, reason: str) -> None:
         if len(self.warnings) < _WARNINGS:

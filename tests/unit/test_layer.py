@@ -458,6 +458,21 @@ def test_a_full_disk_is_a_storage_error(base: Path) -> None:
         subprocess.run(["umount", small], check=True)
 
 
+@as_root
+def test_attributes_that_a_full_disk_refuses_are_not_left_out(base: Path) -> None:
+    small = base / "small"
+    small.mkdir()
+    # A tmpfs takes what attributes need from the room for its inodes.
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "nr_inodes=12", "none", small], check=True)
+    try:
+        (small / "tree").mkdir()
+        entries = [file(str(number), xattrs={"user.x": bytes(450)}) for number in range(9)]
+        with pytest.raises(StorageError, match="disk is full"):
+            stage(small / "tree", entries)
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
 def test_many_opaque_markers_in_one_tree_cost_no_walks(tree: Path) -> None:
     entries = [file(f"d/{number}/f") for number in range(1000)]
     entries += [opaque(f"d/{number}") for number in range(1000)] + [opaque("d")] * 1000
