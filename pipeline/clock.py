@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import socket
+import os
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,7 +42,7 @@ class Boot:
         except OSError:
             # Without a boot ID nothing can be trusted across processes: an ID that equals no other.
             boot_id = f"unknown-{time.time_ns()}"
-        return cls(boot_id=boot_id, host=socket.gethostname())
+        return cls(boot_id=boot_id, host=os.uname().nodename)
 
 
 def boot_time_ns() -> int:

@@ -105,7 +105,9 @@ def connect(host: str, port: int, watch: Watch, seconds: float) -> socket.socket
     """Return a connected socket, trying each address of ``host`` until ``seconds`` are over."""
     end = time.monotonic() + seconds
     try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        # For a string the codec of international names is imported, which ASCII ones do not need.
+        name = host.encode("ascii") if host.isascii() else host
+        found = socket.getaddrinfo(name, port, type=socket.SOCK_STREAM)
     except (socket.gaierror, UnicodeError) as error:
         temporary = isinstance(error, socket.gaierror) and error.errno == socket.EAI_AGAIN
         code = "NAME" if temporary else "UNREACHABLE"

@@ -10,7 +10,6 @@ plain user differ in what they can hold and are never shared: the format is part
 from __future__ import annotations
 
 import os
-import secrets
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -263,7 +262,7 @@ class LayerTrees:
                 os.close(descriptor)
 
     def _temporary(self) -> Path:
-        return self.directory / f"{TEMPORARY}{secrets.token_hex(8)}"
+        return self.directory / f"{TEMPORARY}{os.urandom(8).hex()}"
 
     def _read(self, path: Path, *, trusted: bool) -> LayerRecord | None:
         record = read_record(path / "layer.json", self._store.trust)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import secrets
 import stat
 from typing import TYPE_CHECKING
 
@@ -51,7 +50,7 @@ def _remove(parent: int, name: bytes) -> None:
     try:
         # Deeper directories are moved up beside the first ones, so that two descriptors are enough
         # for any depth. The names are random: an entry of the tree cannot stand in the way.
-        prefix = f".remove-{secrets.token_hex(8)}-".encode()
+        prefix = f".remove-{os.urandom(8).hex()}-".encode()
         waiting: list[bytes] = _empty(top, top, prefix, 0)
         moved = len(waiting)
         while waiting:

@@ -71,7 +71,7 @@ def pull_references(
     """Pull all references, print a line for each, and return the exit status."""
     from stowray.cli.work import Work
 
-    with Work(context) as work:
+    with Work(context, forks=options.unpack) as work:
         observer.watch(work)
         status = work.each(
             references,
