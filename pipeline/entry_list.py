@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 VERSION = 1
 OWNER = (0, 0)
 SUFFIX = ".entries"
+_LONGEST_ARRAY = 16
+_MOST_ATTRIBUTES = 1 << 20
 
 
 class Record(NamedTuple):
@@ -73,7 +75,18 @@ def read_entry_list(tree: Path) -> dict[bytes, Record]:
             data = stream.read()
     except OSError as error:
         raise StorageError(str(path), f"cannot be read: {error.strerror}") from error
-    unpacker = msgpack.Unpacker(raw=False, max_buffer_size=0, strict_map_key=False, use_list=False)
+    # Without bounds of their own a damaged length has as much memory asked for as it says.
+    unpacker = msgpack.Unpacker(
+        raw=False,
+        max_buffer_size=0,
+        strict_map_key=False,
+        use_list=False,
+        max_array_len=_LONGEST_ARRAY,
+        max_map_len=_MOST_ATTRIBUTES,
+        max_str_len=len(data),
+        max_bin_len=len(data),
+        max_ext_len=0,
+    )
     unpacker.feed(data)
     try:
         header: Any = unpacker.unpack()

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 VERSION = 1
 _LIMIT = 64 << 20
 _READ_SIZE = 1 << 20
+# Of items, and of the bytes of one: boot IDs, host names, digests.
+_LONGEST = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,15 @@ class Journal:
             data = read_regular(self._path, _LIMIT)
         except FileNotFoundError:
             return history
-        unpacker = msgpack.Unpacker(max_buffer_size=_LIMIT + 1)
+        # Without bounds of their own a damaged length has as much memory asked for as it says.
+        unpacker = msgpack.Unpacker(
+            max_buffer_size=_LIMIT + 1,
+            max_array_len=_LONGEST,
+            max_str_len=_LONGEST,
+            max_bin_len=_LONGEST,
+            max_map_len=0,
+            max_ext_len=0,
+        )
         unpacker.feed(data)
         try:
             for item in unpacker:
@@ -126,11 +136,6 @@ class Journal:
         import msgpack
 
         write_all(self._descriptor, msgpack.packb(["island", generation, start, end]))
-
-    def set_aside(self, path: Path) -> None:
-        """Keep the file as ``path``; nothing is in the journal until it is rewritten."""
-        self.close()
-        self._path.replace(path)
 
     def close(self) -> None:
         """Close the file; idempotent."""
