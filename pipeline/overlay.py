@@ -254,22 +254,28 @@ class ChainView:
             raise storage_error(error, path, "read a layer tree") from error
 
     def _root_node(self) -> Node:
+        try:
+            if self._root_layer is None:
+                self._root_layer = self._find_root_layer()
+            layer = self._root_layer
+            if layer < 0:
+                return Node(b"", stat.S_IFDIR, 0o755, *OWNER, 0, 0, (0, 0), (-1, 0), 1)
+            return self._node(b"", layer, os.stat(self.lowers[layer], follow_symlinks=False))
+        except OSError as error:
+            raise self._error(error, b"") from error
+
+    def _find_root_layer(self) -> int:
+        """Return the topmost layer with an entry for the root, -1 for none."""
         # An opaque root hides what is in the roots below it, not what they say of the root itself.
-        if self._root_layer is None:
-            self._root_layer = -1
-            for layer in range(len(self.lowers)):
-                descriptor = self._open_tree(layer)
-                try:
-                    implied = self._attribute(descriptor, IMPLIED_ROOT) is not None
-                finally:
-                    os.close(descriptor)
-                if not implied:
-                    self._root_layer = layer
-                    break
-        layer = self._root_layer
-        if layer < 0:
-            return Node(b"", stat.S_IFDIR, 0o755, *OWNER, 0, 0, (0, 0), (-1, 0), 1)
-        return self._node(b"", layer, os.stat(self.lowers[layer], follow_symlinks=False))
+        for layer in range(len(self.lowers)):
+            descriptor = self._open_tree(layer)
+            try:
+                implied = self._attribute(descriptor, IMPLIED_ROOT) is not None
+            finally:
+                os.close(descriptor)
+            if not implied:
+                return layer
+        return -1
 
     def _directory(self, path: bytes) -> _Merged | None:
         """Return the merged directory at ``path``, from the cache or its nearest cached parent."""
