@@ -1,7 +1,9 @@
 """``index.json``: the store as an OCI image layout that other tools read.
 
 Invariant: the index is derived from the reference records and says nothing that they do not say. No
-two entries have one name: skopeo takes the first of several and umoci refuses them all.
+two entries have one name: skopeo takes the first of several and umoci refuses them all. Each entry
+repeats its record, checksum included, as an annotation: a record that was damaged since is restored
+from it, name, pin and all (``references.restore``).
 
 An entry's name is the canonical reference where the image-spec's grammar of
 ``org.opencontainers.image.ref.name`` allows it, because skopeo and umoci refuse to look up any
@@ -22,15 +24,16 @@ from stowray.pipeline.errors import InvalidPlatformError, StorageError
 from stowray.pipeline.files import read_regular, replace_file, translated
 from stowray.pipeline.media_types import OCI_MANIFEST
 from stowray.pipeline.platform import Platform
+from stowray.pipeline.recordfile import decode_record, encode_record
+from stowray.pipeline.records import ReferenceRecord
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from stowray.pipeline.records import ReferenceRecord
-
 REF_NAME = "org.opencontainers.image.ref.name"
 REFERENCE = "org.stowray.reference"
+RECORD = "org.stowray.record"
 INDEX_MEDIA_TYPE = "application/vnd.oci.image.index.v1+json"
 LAYOUT_FILE = b'{"imageLayoutVersion":"1.0.0"}'
 _LIMIT = 256 << 20
@@ -69,15 +72,54 @@ def write_index(
             replace_file(path / "oci-layout", LAYOUT_FILE, mode=0o644)
 
 
-def other_entries(path: Path, reference: str) -> list[dict[str, Any]] | None:
-    """Return the entries of all other references; None when the index must be derived anew."""
+def read_index(path: Path) -> list[dict[str, Any]] | None:
+    """Return the entries of the index, all of them ours; None when it must be derived anew."""
     try:
         document = json.loads(read_regular(path / "index.json", _LIMIT))
+        if set(document) != {"schemaVersion", "mediaType", "manifests"}:
+            return None
+        if (document["schemaVersion"], document["mediaType"]) != (2, INDEX_MEDIA_TYPE):
+            return None
         manifests: list[dict[str, Any]] = document["manifests"]
-        return [entry for entry in manifests if entry["annotations"][REFERENCE] != reference]
-    except (OSError, ValueError, TypeError, KeyError, StorageError):
+        for entry in manifests:
+            annotations = entry["annotations"]
+            if not all(type(annotations[name]) is str for name in (REF_NAME, REFERENCE)):
+                return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, StorageError):
         # Missing, cut short by a crash, or written by another tool.
         return None
+    return manifests
+
+
+def other_entries(path: Path, reference: str) -> list[dict[str, Any]] | None:
+    """Return the entries of all other references; None when the index must be derived anew."""
+    found = read_index(path)
+    if found is None:
+        return None
+    return [entry for entry in found if entry["annotations"][REFERENCE] != reference]
+
+
+def record_of(entry: dict[str, Any]) -> ReferenceRecord | None:
+    """Return the record that an entry repeats, None when that is damaged or missing."""
+    text = entry["annotations"].get(RECORD)
+    if not isinstance(text, str) or not text.isascii():
+        return None
+    payload = decode_record(text.encode("ascii"))
+    return None if payload is None else ReferenceRecord.parse(payload)
+
+
+def is_entry_of(entry: dict[str, Any], record: ReferenceRecord) -> bool:
+    """Say whether an entry says what is to be said of ``record``, under either of its names.
+
+    Which of several platforms has the plain name depends on the host that wrote the index.
+    """
+    for plain in (True, False):
+        expected = _entry(record, plain=plain)
+        if RECORD not in entry["annotations"]:
+            del expected["annotations"][RECORD]  # as it was written before records were repeated
+        if entry == expected:
+            return True
+    return False
 
 
 def _escape(text: str) -> str:
@@ -115,6 +157,7 @@ def _entry(record: ReferenceRecord, *, plain: bool) -> dict[str, Any]:
         "annotations": {
             REF_NAME: spell(record.reference, "" if plain else record.platform or "unknown"),
             REFERENCE: record.reference,
+            RECORD: encode_record(record.payload()).decode("ascii"),
         },
     }
     platform = _oci_platform(record.platform)

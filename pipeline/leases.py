@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.failpoint import failpoint
-from stowray.pipeline.files import TEMPORARY, translated, write_all
+from stowray.pipeline.files import SCARCITY, TEMPORARY, translated, write_all
 from stowray.pipeline.locks import is_current, try_lock, unlock
 from stowray.pipeline.recordfile import encode_record, require_record_file
 from stowray.pipeline.trust import Stamp
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
     from pathlib import Path
 
     from stowray.pipeline.store import Store
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 LOCK = "collect"
 LOCK_SECONDS = 120.0
 _HELD, _PERSISTENT = ".json", ".mount.json"
-_REMEDY = "if nothing of this store is mounted or being pulled, remove the file"
+_REMEDY = "`stowray verify --repair` makes it anew from what is mounted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,18 +151,20 @@ class Lease:
         self._descriptor = descriptor
 
 
-def leases(store: Store, *, sweep: bool = False) -> list[Held]:
+def leases(store: Store, *, sweep: bool = False, without: Collection[Path] = ()) -> list[Held]:
     """Return the leases in force; with ``sweep`` (under the collector's lock) remove dead ones.
 
     A lease that cannot be read although it is in force is a ``StorageError``: the collector must
-    not guess what it holds.
+    not guess what it holds. ``without`` leaves those files out.
     """
     directory = store.path / "leases"
     with translated(directory, "list the leases"):
         paths = sorted(directory.iterdir())
     found: list[Held] = []
     for path in paths:
-        persistent = path.name.endswith(_PERSISTENT)
+        if path in without:
+            continue
+        persistent = is_persistent(path)
         if not persistent and not _is_held(path):
             if sweep:
                 with translated(path, "remove a dead lease"):
@@ -180,6 +182,29 @@ def leases(store: Store, *, sweep: bool = False) -> list[Held]:
             continue
         found.append(held)
     return found
+
+
+def unreadable_leases(store: Store) -> list[Path]:
+    """Return the leases that are in force and cannot be read, for which the collector stops."""
+    directory = store.path / "leases"
+    with translated(directory, "list the leases"):
+        paths = [path for path in sorted(directory.iterdir()) if path.suffix == ".json"]
+    found: list[Path] = []
+    for path in paths:
+        if not is_persistent(path) and not _is_held(path):
+            continue
+        try:
+            _read(path)
+        except StorageError as error:
+            if getattr(error.__cause__, "errno", None) in SCARCITY:
+                raise
+            found.append(path)
+    return found
+
+
+def is_persistent(path: Path) -> bool:
+    """Say whether a lease's file is that of a mount, which outlives the process that made it."""
+    return path.name.endswith(_PERSISTENT)
 
 
 def end_mount_lease(store: Store, mount_point: str) -> int:

@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import make_directory, storage_error, translated
-from stowray.pipeline.leases import end_mount_lease, leases
+from stowray.pipeline.leases import (
+    end_mount_lease,
+    is_persistent,
+    leases,
+    unreadable_leases,
+)
 from stowray.pipeline.mountinfo import read_mounts, topmost
 from stowray.pipeline.overlay_mount import SOURCE, attach, prepare
 from stowray.pipeline.removal import remove_tree
@@ -114,6 +119,54 @@ def sweep(store: Store) -> int:
     for name in gone:
         remove_tree(base / name)
     return len(gone)
+
+
+def mend_lease(store: Store, path: Path) -> str:
+    """Put a lease that cannot be read in order; return why not, empty when it is done.
+
+    Which mount it was of is lost with it, so each mount that stands without a lease is given one on
+    everything, until it is unmounted: rather too much is held than too little.
+    """
+    if not is_persistent(path):
+        return "belongs to a process that is at work: run again when it has ended"
+    with store.lock("mounts", wait_seconds=_LOCK_SECONDS):
+        readable = leases(store, without=unreadable_leases(store))
+        points = _standing() - {lease.mount_point for lease in readable}
+        live = {lease.holder.rpartition(" ")[2] for lease in readable}
+        chains = [snapshot.chain_id for snapshot in Snapshots(store).all()]
+        with translated(store.path, "mend a lease"):
+            base = store.path / "mounts"
+            names = sorted(set(os.listdir(base)) - live) if base.is_dir() else []
+            for point in sorted(points):
+                # Which directory is whose nobody knows: each stays until all are unmounted.
+                for name in names or [""]:
+                    lease = store.lease(
+                        _HOLDER + name, chain_ids=chains, persistent=True, mount_point=point
+                    )
+                    lease.close()
+            path.rename(store.path / "quarantine" / f"lease-{secrets.token_hex(8)}")
+    return ""
+
+
+def _standing() -> set[str]:
+    """Return where images are mounted, in every mount namespace that can be seen from here."""
+    points: set[str] = set()
+    namespaces: set[str] = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            namespace = os.readlink(process / "ns" / "mnt")
+            if namespace in namespaces:
+                continue
+            mounts = read_mounts(process / "mountinfo")
+        except (OSError, StorageError):
+            continue  # it has ended, or is another user's
+        namespaces.add(namespace)
+        points |= {
+            os.fsdecode(mount.point)
+            for mount in mounts
+            if mount.kind == b"overlay" and mount.source == SOURCE
+        }
+    return points
 
 
 def _check_free(point: Path) -> None:

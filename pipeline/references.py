@@ -2,7 +2,8 @@
 
 Invariant: a reference's record is replaced in one step, and ``index.json`` follows it under one
 lock. While a change is under way a marker lies in ``refs/``; whoever finds it derives the whole
-index anew, so that a crash between the two leaves no stale index behind.
+index anew, so that a crash between the two leaves no stale index behind. What the index repeats of
+a record that cannot be read any more stays there until the record is restored from it.
 """
 
 from __future__ import annotations
@@ -58,6 +59,42 @@ def references(store: Store, canonical: str | None = None) -> list[ReferenceReco
     return sorted(found, key=lambda record: (record.reference, record.platform))
 
 
+def remembered(store: Store) -> dict[Path, ReferenceRecord]:
+    """Return what the index repeats of records that are damaged or missing, by their paths.
+
+    Under a change that was cut short the index may be behind the records: then nothing is missing,
+    but what is damaged is still known by it.
+    """
+    from stowray.pipeline.layout import read_index, record_of
+
+    found: dict[Path, ReferenceRecord] = {}
+    behind = os.path.lexists(store.path / "refs" / MARKER)
+    for entry in read_index(store.path) or ():
+        record = record_of(entry)
+        if record is None:
+            continue
+        path = record_path(store, record.reference, record.platform)
+        if behind and not os.path.lexists(path):
+            continue
+        if _readable(store, path) is None:
+            found[path] = record
+    return found
+
+
+def restore(store: Store) -> int:
+    """Write the records anew that only the index still knows; return how many there were."""
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
+        lost = remembered(store)
+        for path, record in lost.items():
+            write_record(path, record.payload(), store.trust.stamp())
+    return len(lost)
+
+
+def _readable(store: Store, path: Path) -> ReferenceRecord | None:
+    record = read_record(path, store.trust)
+    return None if record is None else ReferenceRecord.parse(record.payload)
+
+
 def require_references(store: Store) -> list[ReferenceRecord]:
     """Return every record; a damaged one is a ``StorageError`` that names it and the remedy."""
     found: list[ReferenceRecord] = []
@@ -80,9 +117,15 @@ def record_reference(store: Store, record: ReferenceRecord) -> None:
     """
     path = record_path(store, record.reference, record.platform)
     old = find_reference(store, record.reference, record.platform)
+    if old is None and os.path.lexists(path):
+        old = remembered(store).get(path)  # damaged: its pin must not be lost with it
     if old is not None:
         record = replace(record, created=old.created, pinned=old.pinned or record.pinned)
-        if record == old and not os.path.lexists(store.path / "refs" / MARKER):
+        if (
+            record == old
+            and _readable(store, path) is not None
+            and not os.path.lexists(store.path / "refs" / MARKER)
+        ):
             if not store.writable:
                 return
             with translated(path, "note the use of an image"), suppress(FileNotFoundError):
@@ -130,10 +173,12 @@ def remove_records(store: Store, records: Iterable[ReferenceRecord]) -> int:
 
 def last_used(store: Store, record: ReferenceRecord) -> tuple[float, str]:
     """Return a key that sorts images by when they were last pulled."""
-    try:
-        used = record_path(store, record.reference, record.platform).lstat().st_mtime
-    except FileNotFoundError:
-        used = record.created
+    path = record_path(store, record.reference, record.platform)
+    with translated(path, "ask when an image was used"):
+        try:
+            used = path.lstat().st_mtime
+        except FileNotFoundError:
+            used = record.created
     return used, record.reference
 
 
@@ -207,10 +252,18 @@ def _end(store: Store) -> None:
 
 
 def _derive(store: Store, canonical: str, *, whole: bool) -> None:
-    from stowray.pipeline.layout import other_entries, write_index
+    from stowray.pipeline.layout import REFERENCE, read_index, record_of, write_index
 
-    others = None if whole else other_entries(store.path, canonical)
-    if others is None:
-        write_index(store.path, references(store), [])
+    found = None if whole else read_index(store.path)
+    if found is None:
+        found, others, records = read_index(store.path) or [], [], references(store)
     else:
-        write_index(store.path, references(store, canonical), others)
+        others = [entry for entry in found if entry["annotations"][REFERENCE] != canonical]
+        found = [entry for entry in found if entry["annotations"][REFERENCE] == canonical]
+        records = references(store, canonical)
+    # What only the index still knows of a damaged record stays in it until that is restored.
+    for record in filter(None, map(record_of, found)):
+        path = record_path(store, record.reference, record.platform)
+        if os.path.lexists(path) and _readable(store, path) is None:
+            records.append(record)
+    write_index(store.path, records, others)

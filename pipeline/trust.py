@@ -19,7 +19,7 @@ from stowray.pipeline.recordfile import decode_record, encode_record, read_limit
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
     from pathlib import Path
 
 
@@ -109,6 +109,32 @@ class Trust:
         mark = self._read(*own)
         self._write(own, _Mark(max(mark.durable_ns, begun), mark.suspect_ns))
 
+    def prune(self, used: Iterable[tuple[str, str]]) -> int:
+        """Remove the marks of this host's earlier boots that no record in use bears a stamp of.
+
+        ``used`` are ``(boot_id, host)`` of all stamps there are. Nothing can be stamped on an
+        earlier boot any more; other hosts look after their own. Returns how many marks there were.
+        """
+        own = (self.boot.boot_id, self.boot.host)
+        kept = {self._path(*pair) for pair in {*used, own}}
+        removed = 0
+        for path in self.marks():
+            payload = _content(path)
+            if path not in kept and payload is not None and payload.get("host") == own[1]:
+                with translated(path, "forget an earlier boot"):
+                    path.unlink(missing_ok=True)
+                removed += 1
+        return removed
+
+    def marks(self) -> list[Path]:
+        """Return the files of all marks."""
+        with translated(self._directory, "list what is durable"):
+            return sorted(path for path in self._directory.iterdir() if path.suffix == ".json")
+
+    def is_own(self, path: Path) -> bool:
+        """Say whether a mark is that of this boot, which the next ``sync`` writes anew."""
+        return path == self._path(self.boot.boot_id, self.boot.host)
+
     def _mark(self, boot_id: str, host: str) -> _Mark:
         with self._guard:
             mark = self._marks.get((boot_id, host))
@@ -122,8 +148,13 @@ class Trust:
 
     def _read(self, boot_id: str, host: str) -> _Mark:
         data = read_limited(self._path(boot_id, host))
-        payload = decode_record(data) if data is not None else None
-        if payload is None or (payload.get("boot_id"), payload.get("host")) != (boot_id, host):
+        if data is None:
+            return _Mark()
+        payload = decode_record(data)
+        if payload is None:
+            # It may have said that the disk failed.
+            return _Mark(suspect_ns=self._now_ns())
+        if (payload.get("boot_id"), payload.get("host")) != (boot_id, host):
             return _Mark()
         durable, suspect = payload.get("durable_ns"), payload.get("suspect_ns")
         if type(durable) is not int or type(suspect) is not int:
@@ -144,6 +175,11 @@ class Trust:
             replace_file(path, encode_record(payload), durable=True)
         with self._guard:
             self._marks[own] = mark
+
+
+def _content(path: Path) -> dict[str, Any] | None:
+    data = read_limited(path)
+    return None if data is None else decode_record(data)
 
 
 def _syncfs(descriptor: int) -> None:

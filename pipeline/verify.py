@@ -8,8 +8,7 @@ then damage is only put aside, so that a pull makes it anew from the source.
 from __future__ import annotations
 
 import os
-import secrets
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,10 +22,10 @@ from stowray.pipeline.errors import (
     escape,
 )
 from stowray.pipeline.files import SCARCITY, open_regular, storage_error, translated
-from stowray.pipeline.recordfile import read_record_file
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.tree_compare import compare_trees
 from stowray.pipeline.values import dataclass
+from stowray.pipeline.verify_records import Damage, OwnFiles
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,30 +42,12 @@ _MOST_PATHS = 1000
 
 
 @dataclass(frozen=True, slots=True)
-class Damage:
-    """One thing that is not as it should be; ``digest`` is a blob's, or a snapshot's chain ID."""
-
-    kind: str
-    digest: str
-    path: str
-    reason: str
-
-    def to_dict(self) -> dict[str, str]:
-        """Return the damage as an object of the report."""
-        return {
-            "kind": self.kind,
-            "digest": self.digest,
-            "path": self.path,
-            "reason": self.reason,
-        }
-
-
-@dataclass(frozen=True, slots=True)
 class Report:
     """What was checked and what was found.
 
     ``references`` are the images that the damage concerns, ``(reference, platform, unpacked)``: a
-    pull of each makes the store whole after a repair. ``repaired`` is None when none was tried.
+    pull of each makes the store whole after a repair. ``left`` is what a repair could not mend, and
+    ``repaired`` is None when none was tried.
     """
 
     blobs: int
@@ -74,11 +55,12 @@ class Report:
     trees: int
     damaged: tuple[Damage, ...]
     references: tuple[tuple[str, str, bool], ...]
+    left: tuple[Damage, ...] = ()
     repaired: bool | None = None
 
     def with_repair(self, mended: bool) -> Report:
         """Return the report after everything concerned was pulled again, or was not."""
-        return replace(self, repaired=mended)
+        return replace(self, repaired=mended and not self.left)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as one JSON object."""
@@ -88,15 +70,18 @@ class Report:
             "trees": self.trees,
             "damaged": [damage.to_dict() for damage in self.damaged],
             "references": sorted({reference for reference, _, _ in self.references}),
+            "left": [damage.to_dict() for damage in self.left],
             "repaired": self.repaired,
         }
 
     def text(self) -> str:
         """Return the report for people: a line per damage and a last one that sums up."""
         lines = [
-            f"damaged {damage.kind} {damage.digest} {damage.path}: {damage.reason}"
+            " ".join(filter(None, ["damaged", damage.kind, damage.digest, damage.path]))
+            + f": {damage.reason}"
             for damage in self.damaged
         ]
+        lines += [f"not mended {damage.path}: {damage.reason}" for damage in self.left]
         checked = f"{self.blobs} blobs ({self.size} bytes)"
         if self.trees:
             checked += f", {self.trees} trees"
@@ -105,7 +90,7 @@ class Report:
         outcome = {
             None: "run again with --repair to mend it",
             True: "mended",
-            False: "put aside, but not all could be pulled again",
+            False: "put aside, but not all could be made anew",
         }[self.repaired]
         return "\n".join([*lines, f"{checked}: {len(self.damaged)} damaged; {outcome}"])
 
@@ -123,7 +108,9 @@ def verify(
     With ``deep`` the snapshots too; with ``repair`` what is damaged is put aside. Raises
     NotFoundError for a reference that is not here.
     """
-    records = _records(store, references)
+    own = OwnFiles(store, references)
+    own.references()
+    records = _records(store, references, own)
     with ExitStack() as stack:
         if store.writable:
             lease = store.lease(
@@ -132,34 +119,41 @@ def verify(
                 chain_ids={record.chain_id for record in records if record.chain_id},
             )
             stack.enter_context(lease)
-        check = _Check(store, cancelled or (lambda: False))
+            # What was removed before the lease could hold it is not damage.
+            records = _records(store, None, own, known=records)
+        check = _Check(store, own, cancelled or (lambda: False))
+        own.others(check.links.values(), records)
         check.blobs(records, everything=references is None)
-        if references is None:
-            check.records()
         if deep:
             check.trees(records, everything=references is None)
         if repair:
             check.put_aside()
-        return check.report(records)
+        return check.report(records, references or ())
 
 
-def _records(store: Store, references: Sequence[str] | None) -> list[ReferenceRecord]:
-    records = store.references()
-    if references is None:
+def _records(
+    store: Store,
+    names: Sequence[str] | None,
+    own: OwnFiles,
+    known: Sequence[ReferenceRecord] | None = None,
+) -> list[ReferenceRecord]:
+    """Return the records of the named images, or all (of those ``known``), lost ones included."""
+    records = [*store.references(), *own.lost.values()]
+    if known is not None:
+        here = {(record.reference, record.platform) for record in records}
+        return [record for record in known if (record.reference, record.platform) in here]
+    if names is None:
         return records
-    for name in references:
-        if all(record.reference != name for record in records):
+    for name in names:
+        if all(record.reference != name for record in records) and not own.is_lost(name):
             raise NotFoundError(name, str(store.path))
-    return [record for record in records if record.reference in references]
-
-
-def _is_folder(path: Path) -> bool:
-    return path.is_dir() and not path.is_symlink()
+    return [record for record in records if record.reference in names]
 
 
 class _Check:
-    def __init__(self, store: Store, cancelled: Callable[[], bool]) -> None:
+    def __init__(self, store: Store, own: OwnFiles, cancelled: Callable[[], bool]) -> None:
         self._store = store
+        self._own = own
         self._cancelled = cancelled
         self._snapshots = Snapshots(store)
         self._damaged: list[Damage] = []
@@ -167,23 +161,27 @@ class _Check:
         self._bad_chains: set[str] = set()
         self._bad_layers: set[str] = set()
         self._unproven: set[str] = set()
-        self._bad_records: list[Path] = []
+        self._left: list[Damage] = []
         self._counts = {"blobs": 0, "size": 0, "trees": 0}
-        self._links: dict[str, Snapshot] = {link.chain_id: link for link in self._snapshots.all()}
+        self.links: dict[str, Snapshot] = {link.chain_id: link for link in self._snapshots.all()}
 
-    def report(self, records: Iterable[ReferenceRecord]) -> Report:
-        concerned = tuple(
+    def report(self, records: Iterable[ReferenceRecord], names: Iterable[str]) -> Report:
+        bad_chains = self._bad_chains | self._own.chains
+        concerned = [
             (record.reference, record.platform, record.unpacked)
             for record in records
             if self._bad_blobs.intersection(record.digests)
-            or any(link.chain_id in self._bad_chains for link in self._chain(record.chain_id))
-        )
+            or bad_chains.intersection(self._chain_ids(record.chain_id))
+        ]
+        # Of an image whose record is lost the user still knows the name.
+        concerned += [(name, "", True) for name in names if self._own.is_lost(name)]
         return Report(
             self._counts["blobs"],
             self._counts["size"],
             self._counts["trees"],
-            tuple(self._damaged),
-            concerned,
+            (*self._damaged, *self._own.damaged),
+            tuple(concerned),
+            tuple(self._left),
         )
 
     def blobs(self, records: Iterable[ReferenceRecord], *, everything: bool) -> None:
@@ -197,28 +195,10 @@ class _Check:
                 path = str(self._store.blob_path(digest))
                 self._damaged.append(Damage("blob", digest, path, reason))
 
-    def records(self) -> None:
-        """Name the records that no longer prove themselves whole."""
-        for folder in ("refs", "snapshots", "sources"):
-            root = self._store.path / folder
-            with translated(root, "list the records"):
-                paths = [path for path in sorted(root.rglob("[!.]*")) if not _is_folder(path)]
-            for path in paths:
-                try:
-                    whole = read_record_file(path) is not None
-                except StorageError as error:
-                    if getattr(error.__cause__, "errno", None) in SCARCITY:
-                        raise
-                    whole = False
-                # It may have been removed since it was listed.
-                if not whole and os.path.lexists(path):
-                    self._bad_records.append(path)
-                    self._damaged.append(Damage("record", "", str(path), "is damaged"))
-
     def trees(self, records: Iterable[ReferenceRecord], *, everything: bool) -> None:
         """Compare the trees of the records' chains, or of all snapshots, from the base up."""
         chains: dict[str, Snapshot] = {}
-        for top in self._links if everything else [record.chain_id for record in records]:
+        for top in self.links if everything else [record.chain_id for record in records]:
             for link in reversed(list(self._chain(top))):
                 chains[link.chain_id] = link
         done: set[str] = set()
@@ -227,7 +207,7 @@ class _Check:
             tree = self._snapshots.trees.tree(link.layer)
             if link.layer in self._bad_layers:
                 self._bad_chains.add(link.chain_id)
-            elif not tree.is_dir():
+            elif not self._is_directory(tree):
                 self._tree_damage(link, str(tree), "is missing")
             elif link.blob in self._bad_blobs:
                 # Nothing to compare with: a repair makes this tree anew, whatever it is like.
@@ -244,13 +224,14 @@ class _Check:
         # What a layer took from a damaged one below (a copied-up file, a directory's attributes) is
         # part of its own tree now, so that trees settled above go too.
         gone = self._bad_layers | self._unproven
-        gone |= {link.layer for link in self._links.values() if self._depends(link, gone)}
+        gone |= {link.layer for link in self.links.values() if self._depends(link, gone)}
         for layer in sorted(gone):
             self._bad_chains.update(self._snapshots.discard(layer))
-        for path in self._bad_records:
-            aside = self._store.path / "quarantine" / f"record-{secrets.token_hex(8)}"
-            with translated(path, "put a damaged record aside"), suppress(FileNotFoundError):
-                path.rename(aside)
+        self._left = self._own.mend()
+
+    def _is_directory(self, path: Path) -> bool:
+        with translated(path, "look at a layer tree"):
+            return path.is_dir()
 
     def _depends(self, snapshot: Snapshot, layers: set[str]) -> bool:
         if snapshot.layer == self._snapshots.trees.alone(snapshot.diff_id):
@@ -338,12 +319,20 @@ class _Check:
                     continue
         return found
 
+    def _chain_ids(self, chain_id: str) -> Iterator[str]:
+        """Yield the chain IDs from the top down, up to the first that no record is of."""
+        current: str | None = chain_id or None
+        while current is not None:
+            yield current
+            link = self.links.get(current)
+            current = link.parent if link is not None else None
+
     def _chain(self, chain_id: str) -> Iterator[Snapshot]:
         """Yield the links of a chain from the top down, as far as they are recorded."""
-        link = self._links.get(chain_id)
+        link = self.links.get(chain_id)
         while link is not None:
             yield link
-            link = self._links.get(link.parent or "")
+            link = self.links.get(link.parent or "")
 
     def _check_cancelled(self) -> None:
         if self._cancelled():

@@ -22,8 +22,8 @@ def verify_store(context: Context, references: tuple[str, ...], *, deep: bool, r
     report = verify(store, names or None, deep=deep, repair=repair)
     mended = True
     if report.damaged and repair:
-        mended = _pull_again(context, report.references)
-        report = report.with_repair(mended)
+        report = report.with_repair(_pull_again(context, report.references))
+        mended = report.repaired is True
     if context.json:
         print(json.dumps(report.to_dict()))  # noqa: T201
     else:
@@ -42,7 +42,9 @@ def _pull_again(context: Context, references: tuple[tuple[str, str, bool], ...])
     with Work(context) as work:
         for reference, platform, unpacked in references:
             options = PullOptions(
-                platform=Platform.parse(platform), policy="missing", unpack=unpacked
+                platform=Platform.parse(platform) if platform else None,
+                policy="missing",
+                unpack=unpacked,
             )
 
             def pull(

@@ -123,7 +123,7 @@ def test_a_lease_in_force_that_cannot_be_read_stops_the_collector(
 ) -> None:
     with store.lease("pull", [ONE], persistent=persistent) as lease:
         lease.path.write_bytes(content)
-        with pytest.raises(StorageError, match="remove the file") as caught:
+        with pytest.raises(StorageError, match="verify --repair") as caught:
             leases(store)
         assert caught.value.path == str(lease.path)
     if not persistent:

@@ -99,7 +99,15 @@ def test_a_damaged_mark_makes_nothing_durable(workspace: Path, now: Now, content
     (mark,) = (workspace / "durable").iterdir()
     mark.write_bytes(content)
     assert not trust(workspace, NEXT_BOOT, now).trusts(stamp)
-    assert trust(workspace, FIRST_BOOT, now).trusts(stamp)
+    # Nor is it trusted on its own boot: the mark may have said that the disk failed.
+    again = trust(workspace, FIRST_BOOT, now)
+    assert not again.trusts(stamp)
+    sync(again, workspace)
+    now.value += 1
+    fresh = again.stamp()
+    sync(again, workspace)
+    assert trust(workspace, NEXT_BOOT, now).trusts(fresh)
+    assert not trust(workspace, FIRST_BOOT, now).trusts(stamp)
 
 
 def test_no_stamp_is_never_trusted(workspace: Path, now: Now) -> None:

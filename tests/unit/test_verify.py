@@ -279,10 +279,11 @@ def test_damaged_records_are_named_and_put_aside(store: Store) -> None:
     for folder in ("snapshots", "refs"):
         path = next(path for path in (store.path / folder).rglob("*") if path.is_file())
         path.write_bytes(b"{}")
-    report = verify(store)
-    assert [damage.kind for damage in report.damaged] == ["record", "record"]
-    verify(store, repair=True)
-    assert verify(store).damaged == ()
+        report = verify(store)
+        assert [(damage.kind, damage.path) for damage in report.damaged] == [("record", str(path))]
+        verify(store, repair=True)
+        put_image(store, NAME, BASE)
+        assert verify(store, deep=True).damaged == ()
 
 
 def test_a_tree_without_its_blob_is_no_damage(store: Store) -> None:
@@ -311,6 +312,7 @@ def test_the_report_is_plain_data(store: Store) -> None:
             }
         ],
         "references": [NAME],
+        "left": [],
         "repaired": True,
     }
     assert report.text().endswith("mended")
