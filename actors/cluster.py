@@ -19,6 +19,7 @@ import ray
 import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL
 from stowray.pipeline.errors import (
     CancelledError,
@@ -85,7 +86,7 @@ def start_resolver(placement: Placement) -> ActorProxy[ResolverActor]:
     """Start the resolver of a run or session."""
     from stowray.actors.resolver import ResolverActor
 
-    remote = _remote(ResolverActor, work=32, control=2, leases=1)
+    remote = _remote(ResolverActor, work=32, control=2, leases=1, life=1)
     return remote.options(**placement.options()).remote()
 
 
@@ -93,7 +94,7 @@ def start_progress(placement: Placement) -> ActorProxy[ProgressActor]:
     """Start the progress actor of a run or session."""
     from stowray.actors.progress import ProgressActor
 
-    remote = _remote(ProgressActor, notes=2, watchers=64)
+    remote = _remote(ProgressActor, notes=2, watchers=64, life=1)
     return remote.options(**placement.options()).remote()
 
 
@@ -106,7 +107,7 @@ def start_node(
     """
     from stowray.actors.node import NodeActor
 
-    remote = _remote(NodeActor, pulls=64, notes=2, control=4)
+    remote = _remote(NodeActor, pulls=64, notes=2, control=4, life=1)
     return remote.options(**placement.options()).remote(node, unpackers, stays, lazy)
 
 
@@ -156,12 +157,19 @@ def end(actor: Any) -> None:
         ray.kill(actor, no_restart=True)
 
 
+def restart(actor: Any) -> None:
+    """End an actor's process; Ray starts it anew as often as it was told to."""
+    with contextlib.suppress(ray.exceptions.RayError, ValueError, RuntimeError):
+        ray.kill(actor, no_restart=False)
+
+
 def when_ended(actor: Any, callback: Callable[[], None]) -> None:
     """Call ``callback``, on a thread of Ray's, when the actor's process has ended.
 
-    The actor's ``live`` never returns, so that its call ends only with the process.
+    The actor's ``live`` never returns, so that its call ends only with the process; and that ends
+    with the one that asks, which is on the same node.
     """
-    actor.live.remote().future().add_done_callback(lambda _done: callback())
+    actor.live.remote(Process.own().to_dict()).future().add_done_callback(lambda _done: callback())
 
 
 def own_handle() -> Any:
@@ -216,6 +224,14 @@ async def ask(reference: ray.ObjectRef[Value], where: str, seconds: float | None
         raise translate(error, where) from None
     except TimeoutError:
         raise DeadlineError(where, seconds or 0.0) from None
+
+
+def forget(reference: ray.ObjectRef[Any]) -> None:
+    """Let a call run on whose result nobody wants, whatever becomes of it.
+
+    Ray prints errors of calls that nobody asked for.
+    """
+    reference.future().add_done_callback(lambda done: done.exception())
 
 
 def is_lost(error: BaseException) -> bool:

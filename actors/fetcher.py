@@ -7,7 +7,6 @@ on at the same byte.
 from __future__ import annotations
 
 import os
-import threading
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from stowray.actors.engines import Engines
+from stowray.actors.lifeline import outlive_not
+from stowray.actors.processes import Process
 from stowray.actors.reporting import FirstByte, task_report
 from stowray.actors.spread_fetchers import SpreadFetchers
 from stowray.actors.tasks import Tasks
@@ -83,6 +84,6 @@ class FetchActor:
         return os.getpid()
 
     @ray.method(concurrency_group="life")
-    def live(self) -> None:
-        """Wait for ever: the end of this call tells the caller that the process has ended."""
-        threading.Event().wait()
+    def live(self, owner: dict[str, Any]) -> None:
+        """End with the process ``owner``; the end of this call tells it that this one has ended."""
+        outlive_not(Process.from_dict(owner))

@@ -1,8 +1,8 @@
 """The owner of a run's leases as a fetching actor sees it: questions to the ResolverActor.
 
-Invariant: an owner that was started anew is told of every lease and permit that is held here before
-it is asked anything else; a question that is not answered is an error of the asker's, who goes on
-with what it has (``spread_leases``).
+Invariant: an owner that was started anew is told of every lease and permit that is held here, and
+of what was read of leases before, before it is asked anything else; a question that is not answered
+is an error of the asker's, who goes on with what it has (``spread_leases``).
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class LeaseClient:
         self._lock = threading.Lock()
         self._epoch = ""
         self._held: dict[str, tuple[int, int, int]] = {}
+        # What was read of leases that this client had; by key the size and ranges, in order.
+        self._read: dict[str, tuple[int, list[tuple[int, int]]]] = {}
         self._permits: set[str] = set()
 
     def ask(
@@ -65,7 +67,9 @@ class LeaseClient:
         with self._lock:
             if key in self._held:
                 size, start, end = self._held[key]
-                self._held[key] = (size, max(start, position), end)
+                if position > start:
+                    self._note_read(key, size, start, min(position, end))
+                    self._held[key] = (size, position, end)
         seconds = float(self._ask("progress", key, position))
         if not seconds:
             self._forget(key)
@@ -80,11 +84,15 @@ class LeaseClient:
         """See ``Leases.has``."""
         if start == 0 and end in (None, size):
             self._forget(key)
+        with self._lock:
+            self._note_read(key, size, start, size if end is None else end)
         self._ask("has", key, size, start, end)
 
     def lost(self, key: str) -> None:
         """See ``Leases.lost``."""
         self._forget(key)
+        with self._lock:
+            self._read.pop(key, None)
         self._ask("lost", key)
 
     def declare(self, key: str, size: int, start: int, end: int) -> float:
@@ -113,6 +121,13 @@ class LeaseClient:
         # Not kept: a node whose actor was started anew may serve elsewhere.
         return str(self._ask("address", node))
 
+    def _note_read(self, key: str, size: int, start: int, end: int) -> None:
+        _, ranges = self._read.setdefault(key, (size, []))
+        if ranges and ranges[-1][0] <= start <= ranges[-1][1]:
+            ranges[-1] = (ranges[-1][0], max(end, ranges[-1][1]))
+        else:
+            ranges.append((start, end))
+
     def _forget(self, key: str) -> None:
         with self._lock:
             self._held.pop(key, None)
@@ -130,8 +145,12 @@ class LeaseClient:
         with self._lock:
             before, self._epoch = self._epoch, epoch
             held, permits = dict(self._held), set(self._permits)
+            read = {key: (size, list(ranges)) for key, (size, ranges) in self._read.items()}
         if not before or before == epoch:
             return False
+        for key, (size, ranges) in read.items():
+            for start, end in ranges:
+                self._tell("has", key, size, start, end)
         for key, (size, start, end) in held.items():
             if start < end:
                 self._tell("declare", key, size, start, end)

@@ -20,10 +20,12 @@ import stowray
 from stowray.actors import cluster, frames
 from stowray.actors.crew import ActorCrew, Pools
 from stowray.actors.engines import NodeEngine, Stores
+from stowray.actors.lifeline import LEAVE_SECONDS, Lifeline, leave_now
 from stowray.actors.node_run import NodeRun
 from stowray.actors.pool import Pool
 from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL
+from stowray.actors.spread_fetchers import lease_client
 from stowray.actors.tasks import Tasks
 from stowray.actors.wire import options_from_dict, settings_from_dict
 from stowray.pipeline.digest import Digest
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
 
 DRIVER_POLL_SECONDS = 1.0
 IDLE_SYNC_SECONDS = 2.0
+# Between being made for a run and the driver's first word.
+BEGIN_SECONDS = 120.0
+LEAVE_POLL_SECONDS = 0.05
 
 
 class NodeActor:
@@ -56,6 +61,8 @@ class NodeActor:
         self._used = time.monotonic()
         self._runs: dict[str, Progress] = {}
         self._prewarm: NodeRun | None = None
+        # A run's actor is begun for a driver that may be gone before it says its first word.
+        self._lifeline = Lifeline(self._leave, seconds=BEGIN_SECONDS) if lazy else None
         node_id = cluster.own_node_id()
         self._pools = Pools(
             fetchers=Pool(
@@ -153,6 +160,13 @@ class NodeActor:
             self._pools.unpackers.members()
 
     @ray.method(concurrency_group="pulls")
+    def declare(self, spread: dict[str, Any]) -> None:
+        """Tell the owner of the leases, started anew, what this node has of the run's blobs."""
+        run = self._prewarm
+        if run is not None:
+            run.declare(lease_client(run.task(spread)))
+
+    @ray.method(concurrency_group="pulls")
     def presence(self, images: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Look on disk for each of the images; see :meth:`NodeRun.presence`."""
         return [self._begun().presence(image) for image in images]
@@ -169,6 +183,19 @@ class NodeActor:
         """End the serving and the pools, at the end of a pre-warm run."""
         self._end_run()
         self._pools.close()
+
+    @ray.method(concurrency_group="life")
+    def beat(self, seconds: float) -> None:
+        """Stay for so many seconds from now on; without a driver who says so no longer.
+
+        With 0 all is given up at once, also where no head is left to end this process.
+        """
+        if self._lifeline is None:
+            self._lifeline = Lifeline(self._leave, seconds=seconds)
+        if seconds:
+            self._lifeline.hold(seconds)
+        else:
+            self._leave()
 
     @ray.method(concurrency_group="notes")
     def note(self, run: str, frame: bytes) -> None:
@@ -187,6 +214,15 @@ class NodeActor:
     def close(self) -> None:
         """End the pools."""
         self._pools.close()
+
+    def _leave(self) -> None:
+        """Give everything up, and end this process; the pools' members notice and end as well."""
+        self._tasks.cancel_all()
+        self._end_run()
+        until = time.monotonic() + LEAVE_SECONDS
+        while self._tasks.count() and time.monotonic() < until:
+            time.sleep(LEAVE_POLL_SECONDS)
+        leave_now()
 
     def _end_run(self) -> None:
         run, self._prewarm = self._prewarm, None

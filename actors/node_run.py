@@ -25,6 +25,7 @@ from stowray.pipeline.resolve import document_digests
 from stowray.pipeline.serve import BlobServer, bearer
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.spread import Part
+from stowray.pipeline.spread_leases import Leases, stripe_key
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -142,6 +143,16 @@ class NodeRun:
             "bandwidth": spread["bandwidth"],
         }
 
+    def declare(self, leases: Leases) -> None:
+        """Tell an owner of the leases, who knows nothing yet, which stripes are all here.
+
+        Those under way are told by whoever fetches them.
+        """
+        for portion in self.part.portions:
+            digest, stripe = portion.digest, portion.stripe
+            if self.store.has(Digest(digest), stripe.size):
+                leases.has(stripe_key(digest, stripe.index, stripe.count), stripe.length)
+
     def presence(self, image: Mapping[str, Any]) -> dict[str, Any]:
         """Return ``{missing, bytes, snapshot, present}`` of an image, looked up on disk.
 
@@ -207,20 +218,6 @@ class NodeRun:
             return state.prefix
         finally:
             state.close()
-
-
-def begin_request(
-    *, run: str, node: str, token: str, settings: Mapping[str, Any], environment: Mapping[str, str]
-) -> dict[str, Any]:
-    """Return the request of ``begin_run``, but for ``host`` and ``port`` to serve at."""
-    return {
-        "run": run,
-        "node": node,
-        "token": token,
-        "settings": dict(settings),
-        "environment": dict(environment),
-        "boot": Boot.read().boot_id,
-    }
 
 
 def _environment(request: Mapping[str, Any]) -> dict[str, str]:

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
     from stowray.actors.cluster_watch import ClusterWatch
     from stowray.actors.embedded import RayAddress
-    from stowray.actors.prewarm_node import RunContext
+    from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_run import ClusterRun
     from stowray.actors.prewarm_state import RunState
     from stowray.pipeline.cluster_plan import ClusterPlan
@@ -45,6 +45,8 @@ NODES_SECONDS = 30.0
 # What a cancelled run takes to tell its actors before it ends them.
 CANCEL_SECONDS = 0.5
 END_SECONDS = 2.0
+# For words to actors whose head is dead to get out.
+LEAVE_SECONDS = 0.5
 
 
 def _to_nobody(_report: PrewarmReport) -> None:
@@ -172,8 +174,9 @@ class _Under:
         from stowray.actors import cluster
         from stowray.actors.cluster_watch import ClusterWatch
         from stowray.actors.follow import Follower
+        from stowray.actors.prewarm_context import RunContext
         from stowray.actors.prewarm_images import RunImages
-        from stowray.actors.prewarm_node import RunContext
+        from stowray.actors.prewarm_pulse import Pulse
         from stowray.actors.prewarm_run import ClusterRun
 
         owner, state = self._owner, self.state
@@ -199,9 +202,18 @@ class _Under:
             locked=read_lock(self.lock) if self.lock is not None else None,
         )
         self.cluster = ClusterRun(self._context, self.images, driver_node=self._ray.node_id)
+        pulse = Pulse(
+            self.cluster.nodes.values,
+            resolver,
+            board,
+            on_silent=self.cluster.note_silent,
+            on_restart=self.cluster.note_restart,
+        )
+        beating = asyncio.ensure_future(pulse.run())
         try:
-            return await self._guarded(work)
+            return await self._guarded(work, beating)
         finally:
+            beating.cancel()
             await self._end(follower, resolver, board)
 
     async def _end(self, follower: Any, resolver: Any, board: Any) -> None:
@@ -210,8 +222,14 @@ class _Under:
         is_lost = self._watch.failure is not None
         in_order = not (is_lost or self.state.interrupted)
         try:
-            # With a dead head there is nobody to carry an order out: actors notice by themselves.
-            if not is_lost:
+            # With a dead head there is nobody to carry an order out: actors end themselves, now
+            # that they are told, or later because nobody asks them to stay.
+            if is_lost:
+                self.cluster.leave()
+                for actor in (resolver, board):
+                    cluster.forget(actor.beat.remote(0.0))
+                await asyncio.sleep(LEAVE_SECONDS)
+            else:
                 await self.cluster.close(END_SECONDS if in_order else CANCEL_SECONDS)
         finally:
             follower.close()
@@ -222,12 +240,15 @@ class _Under:
             for reference in self.state.images:
                 self._owner._progress.fail_open(reference, "the run has ended")
 
-    async def _guarded(self, work: Callable[[_Under], Awaitable[Any]]) -> Any:
+    async def _guarded(
+        self, work: Callable[[_Under], Awaitable[Any]], pulse: asyncio.Task[None]
+    ) -> Any:
         task = asyncio.ensure_future(work(self))
         while True:
-            done, _ = await asyncio.wait({task}, timeout=TICK_SECONDS)
+            done, _ = await asyncio.wait({task, pulse}, timeout=TICK_SECONDS)
             if done:
-                return task.result()
+                # Of these two it ends by a mistake of ours only.
+                return done.pop().result()
             self._tick()
             reason = self._reason_to_stop()
             if reason is not None:
@@ -311,8 +332,11 @@ async def _go_on(under: _Under) -> None:
     await under.cluster.rest()
     while True:
         under.is_idle = True
+        new = under.cluster.returned()
         known = under.cluster.names
-        joined = [entry for id, entry in (await under.nodes()).items() if id not in known]
+        joined = [
+            entry for id, entry in (await under.nodes()).items() if id not in known or id in new
+        ]
         if not joined:
             await asyncio.sleep(TICK_SECONDS * 5)
             continue

@@ -8,15 +8,11 @@ when the node has looked on its disk after the work.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from stowray.actors import cluster
-from stowray.actors.node_run import begin_request
-from stowray.actors.wire import options_to_dict, settings_to_dict
-from stowray.pipeline.engine import PullOptions
+from stowray.actors.prewarm_link import NodeLink
 from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, describe, from_wire
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.prewarm_report import Delivery
@@ -25,13 +21,12 @@ from stowray.pipeline.progress import Event
 from stowray.pipeline.spread import NodeState, Part
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Awaitable, Callable, Sequence
 
+    from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_images import RunImage
-    from stowray.actors.prewarm_state import RunState
-    from stowray.pipeline.prewarm_plan import PrewarmPlan
-    from stowray.pipeline.progress import Progress
-    from stowray.pipeline.settings import Settings
+
+Value = TypeVar("Value")
 
 # An actor's first answer: its process has to start, import Ray and us, and open the store.
 BEGIN_SECONDS = 90.0
@@ -39,36 +34,30 @@ ACCEPT_SECONDS = 30.0
 LOOK_SECONDS = 300.0
 END_SECONDS = 1.0
 RETRY_SECONDS = 1.0
-DEATH_SECONDS = 10.0
 # In the plan's order on every node: so whoever waits for a peer's blob waits for one that the peer
 # will come to.
 IMAGES_AT_ONCE = 4
 
 
-@dataclass(slots=True)
-class RunContext:
-    """What all nodes of a run share; credentials only ever leave here as arguments of calls."""
-
-    run: str
-    token: str
-    plan: PrewarmPlan
-    settings: Settings
-    environment: Mapping[str, str]
-    state: RunState
-    progress: Progress
-    resolver: Any
-    board: Any
-    nodes: int = 1
-
-
 class RunNode:
-    """A node by its ``name`` and Ray's ``node_id``; ``host`` is the address that it serves at."""
+    """A node by its ``name`` and Ray's ``node_id``; ``host`` is the address that it serves at.
+
+    ``raylet`` is where its raylet listens, ``HOST:PORT``.
+    """
 
     def __init__(
-        self, context: RunContext, *, name: str, node_id: str, host: str, unpackers: int
+        self,
+        context: RunContext,
+        *,
+        name: str,
+        node_id: str,
+        host: str,
+        raylet: str,
+        unpackers: int,
     ) -> None:
         self.name = name
         self.node_id = node_id
+        self.link = NodeLink(name, node_id, raylet, self._lost)
         self.address = ""
         self.platform = Platform.host()
         self.nonce = ""
@@ -79,16 +68,15 @@ class RunNode:
         self.is_serving = False
         self._context = context
         self._host = host
+        self._raylet = raylet
         self._unpackers = unpackers
-        self._actor: Any = None
         self._network = ""
         self._ahead = 0.0
         self._part = Part(name)
         self._digests: list[str] = []
         self._life = 0
         self._reviving = asyncio.Lock()
-        self._death: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._reason = ""
+        self._reviving_task: asyncio.Task[None] | None = None
         self._pulls: dict[str, str] = {}
         self._numbers = 0
 
@@ -97,15 +85,24 @@ class RunNode:
     @property
     def is_dead(self) -> bool:
         """Return whether the node is gone."""
-        return self._death.done()
+        return self.link.is_dead
 
     def die(self, reason: str) -> None:
         """Note that the node is gone: nothing is waited for any more."""
-        if not self._death.done():
-            self._reason = reason
-            self._death.set_result(None)
+        self.link.die(reason)
         self.is_serving = False
         self.finished.set()
+
+    def renewed(self) -> RunNode:
+        """Return the same node as one of which nothing is known yet: it has come back."""
+        return RunNode(
+            self._context,
+            name=self.name,
+            node_id=self.node_id,
+            host=self._host,
+            raylet=self._raylet,
+            unpackers=self._unpackers,
+        )
 
     async def begin(self) -> None:
         """Start the actor and have it open and serve its store; raises what kept it from that."""
@@ -120,23 +117,12 @@ class RunNode:
 
     async def _begin(self) -> None:
         context = self._context
-        if self._actor is not None:
-            cluster.end(self._actor)
-        place = cluster.Placement(self.node_id)
-        self._actor = cluster.start_node(place, self.name, self._unpackers, stays=False, lazy=True)
-        settings = settings_to_dict(context.settings) | {"node": self.name}
-        request = begin_request(
-            run=context.run,
-            node=self.name,
-            token=context.token,
-            settings=settings,
-            environment=context.environment,
-        )
+        self.link.start(self._unpackers)
         # Where its peers know it, if it served before.
-        port = self.address.rpartition(":")[2] or 0
-        about = await self._ask(
-            "begin_run", request | {"host": self._host, "port": port}, seconds=BEGIN_SECONDS
-        )
+        port = int(self.address.rpartition(":")[2] or 0)
+        request = context.begin_request(self.name, self._host, port)
+        about = await self.link.ask("begin_run", request, seconds=BEGIN_SECONDS)
+        self.link.has_begun()
         self._ahead = about["wall"] - time.time()
         self.address = about["address"]
         self.nonce = about["nonce"]
@@ -152,6 +138,19 @@ class RunNode:
             platform=str(self.platform),
         )
 
+    async def _again(self, work: Callable[[], Awaitable[Value]]) -> Value:
+        """Do ``work``, and again with a new actor when it was lost with its actor."""
+        tries = self._context.plan.failure.tries
+        for tried in range(1, tries + 1):
+            life = self._life
+            try:
+                return await work()
+            except StowrayError as error:
+                if tried == tries or not cluster.is_lost(error) or self.is_dead:
+                    raise
+            await self._revive(life)
+        raise NodeError(self.name, cluster.LOST)
+
     async def _revive(self, life: int) -> None:
         """Start the actor anew, unless somebody else has since ``life``, and give it its part."""
         async with self._reviving:
@@ -160,39 +159,56 @@ class RunNode:
             self._life += 1
             self.is_serving = False
             await self.begin()
-            await self.accept(self._part, self._digests)
+            await self._accept()
+
+    def _lost(self) -> None:
+        """Start the actor anew, though it was asked for nothing: others count on what it has."""
+        if self.is_serving and self._life < self._context.plan.failure.tries:
+            self._reviving_task = asyncio.ensure_future(self._serve_again(self._life))
+
+    async def _serve_again(self, life: int) -> None:
+        try:
+            await self._revive(life)
+        except StowrayError:
+            # Others go on without it; whoever asks it for something is told.
+            self.is_serving = False
+
+    def declare(self) -> None:
+        """Have the node tell the owner of the leases, started anew, what it has."""
+        limits = self._context.plan.limits
+        about = {
+            "leases": self._context.resolver,
+            "connections": limits.origin_connections,
+            "bandwidth": limits.bandwidth,
+        }
+        self.link.tell("declare", about)
 
     def cancel(self) -> None:
         """Have the node give up what it does, without waiting for it."""
-        if self._actor is not None and not self.is_dead:
+        if not self.is_dead:
             for run in list(self._pulls):
-                self._actor.cancel.remote(run)
+                self.link.tell("cancel", run)
 
     async def end(self, seconds: float = END_SECONDS) -> None:
         """End the actor and all that it started."""
-        actor, self._actor = self._actor, None
         self.is_serving = False
-        if actor is None:
-            return
-        if not self.is_dead and seconds:
-            # Its members go with it in any case; those that are told go at once.
-            with contextlib.suppress(StowrayError):
-                await cluster.ask(actor.end_run.remote(), self.name, seconds)
-        cluster.end(actor)
+        await self.link.end(seconds)
 
     # -- what is there ----------------------------------------------------------------------------
 
     async def look(self) -> NodeSurvey:
         """Ask what the node has of its images."""
         about = [image.about for image in self.images]
-        found = await self._ask("survey", about, seconds=LOOK_SECONDS)
+        found = await self._again(lambda: self.link.ask("survey", about, seconds=LOOK_SECONDS))
         self.survey = NodeSurvey.from_dict(found | {"platform": str(self.platform)})
         return self.survey
 
     async def presence(self) -> list[dict[str, Any]]:
         """Return what is on disk of each image, in their order."""
         about = [image.about for image in self.images]
-        found: list[dict[str, Any]] = await self._ask("presence", about, seconds=LOOK_SECONDS)
+        found: list[dict[str, Any]] = await self._again(
+            lambda: self.link.ask("presence", about, seconds=LOOK_SECONDS)
+        )
         return found
 
     @property
@@ -218,7 +234,12 @@ class RunNode:
     async def accept(self, part: Part, digests: Sequence[str]) -> None:
         """Give the node its part and let it serve these digests."""
         self._part, self._digests = part, list(digests)
-        await self._ask("accept", part.to_dict(), self._digests, self.lacks, seconds=ACCEPT_SECONDS)
+        await self._again(self._accept)
+
+    async def _accept(self) -> None:
+        await self.link.ask(
+            "accept", self._part.to_dict(), self._digests, self.lacks, seconds=ACCEPT_SECONDS
+        )
 
     async def work(self) -> None:
         """Bring all images, deliver them, and give the node's row its state; raises nothing."""
@@ -286,31 +307,10 @@ class RunNode:
         context = self._context
         self._numbers += 1
         run = f"{context.run}/{self.name}/{self._numbers}"
-        limits = context.plan.limits
-        options = PullOptions(platform=image.image.platform, sync=bool(self._network))
-        request = {
-            "run": run,
-            "store": "",
-            "source": image.reference.to_dict(),
-            "image": image.image.to_dict(),
-            "documents": image.documents,
-            "options": options_to_dict(options),
-            "settings": settings_to_dict(context.settings) | {"node": self.name},
-            "environment": dict(context.environment),
-            "progress": context.board,
-            "nodes": context.nodes,
-            "driver": None,
-            "spread": {
-                "run": context.run,
-                "image": image.about,
-                "leases": context.resolver,
-                "connections": limits.origin_connections,
-                "bandwidth": limits.bandwidth,
-            },
-        }
+        request = context.pull_request(self.name, run, image, sync=bool(self._network))
         self._pulls[run] = image.planned.reference
         try:
-            reply = await self._ask("pull", request)
+            reply = await self.link.ask("pull", request)
         finally:
             del self._pulls[run]
         for event in reply["events"]:
@@ -336,7 +336,7 @@ class RunNode:
             request = {"run": run, "image": image.image.to_dict(), "runtimes": list(runtimes)}
             self._pulls[run] = reference
             try:
-                errors = await self._ask("deliver", request)
+                errors = await self.link.ask("deliver", request)
             except StowrayError as error:
                 errors = dict.fromkeys(runtimes, describe(error))
             finally:
@@ -352,26 +352,6 @@ class RunNode:
         return self.survey.present >= planned.blobs.keys() and (
             not chains or chains[-1] in self.survey.chains
         )
-
-    async def _ask(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
-        """Call the actor; raises our errors only, at once when the node dies."""
-        if self.is_dead or self._actor is None:
-            raise NodeError(self.name, self._reason or "its actor has ended")
-        call = getattr(self._actor, method).remote(*arguments)
-        asking = asyncio.ensure_future(cluster.ask(call, self.name, seconds))
-        try:
-            await asyncio.wait({asking, self._death}, return_when=asyncio.FIRST_COMPLETED)
-            if asking.done():
-                return asking.result()
-            raise NodeError(self.name, self._reason)
-        except NodeError as error:
-            if cluster.is_homeless(error):
-                # Ray knows already what we shall be told in a moment.
-                await asyncio.wait({self._death}, timeout=DEATH_SECONDS)
-            raise
-        finally:
-            if not asking.done():
-                asking.cancel()
 
 
 def _layer_digests(image: RunImage) -> list[str]:

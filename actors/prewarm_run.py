@@ -8,55 +8,59 @@ answer in time is left behind, and taken in later if it comes. All of it runs on
 from __future__ import annotations
 
 import asyncio
-import re
-import time
 from collections import deque
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stowray.actors import cluster, foreign
-from stowray.actors.node_names import chosen_name, unique_names
+from stowray.actors import cluster
 from stowray.actors.prewarm_images import RunImage
-from stowray.actors.prewarm_node import BEGIN_SECONDS, RunNode
+from stowray.actors.prewarm_muster import Muster
 from stowray.actors.prewarm_parts import Parts
+from stowray.actors.prewarm_silent import SilentNodes
 from stowray.pipeline.cluster_plan import ClusterPlan
-from stowray.pipeline.errors import NodeError, StowrayError, UsageError, describe
-from stowray.pipeline.prewarm_plan import NodeFacts, expand_waves
+from stowray.pipeline.errors import NodeError, StowrayError, describe
+from stowray.pipeline.prewarm_plan import expand_waves
 from stowray.pipeline.prewarm_report import WaveRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
+    from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_images import RunImages
-    from stowray.actors.prewarm_node import RunContext
+    from stowray.actors.prewarm_node import RunNode
     from stowray.pipeline.prewarm_plan import ImageWish
     from stowray.pipeline.prewarm_survey import NodeSurvey
 
-# When half of the nodes have answered, the others get so much more time before the run begins
-# without them; at the least, and as a multiple of what that half took.
-STRAGGLER_SECONDS = 10.0
-STRAGGLER_FACTOR = 1.5
 # So many ready nodes serve those that join a cluster that is being watched.
 HELPERS = 4
-_HEAD = "node:__internal_head__"
 
 
 class ClusterRun:
     """All nodes of a run by Ray's ID; ``driver_node`` is the one that this process runs on."""
 
     def __init__(self, context: RunContext, images: RunImages, *, driver_node: str) -> None:
-        self.nodes: dict[str, RunNode] = {}
-        self.names: dict[str, str] = {}
         self.surveys: dict[str, NodeSurvey] = {}
         self._context = context
         self._images = images
-        self._driver_node = driver_node
+        self._muster = Muster(context, driver_node)
         self._parts = Parts(fan_out=context.plan.limits.fan_out)
-        self._late: dict[asyncio.Task[Any], RunNode] = {}
+        self._late: dict[asyncio.Task[bool], RunNode] = {}
         self._stores: dict[str, asyncio.Lock] = {}
         self._wave = 0
+        self._news = asyncio.Event()
+        self._silent = SilentNodes(context.plan.failure.tries, on_return=self._news.set)
 
     # -- nodes ------------------------------------------------------------------------------------
+
+    @property
+    def nodes(self) -> dict[str, RunNode]:
+        """Return the nodes that were selected, by Ray's ID."""
+        return self._muster.nodes
+
+    @property
+    def names(self) -> dict[str, str]:
+        """Return the names of all nodes that were ever seen, by Ray's ID."""
+        return self._muster.names
 
     async def gather(self, described: Iterable[Mapping[str, Any]]) -> list[RunNode]:
         """Name the nodes, select those that the plan wants, and have each begin.
@@ -64,114 +68,22 @@ class ClusterRun:
         Returns those that did in good time, in the order of their names; the others have failed or
         are late. Raises UsageError when the plan selects none.
         """
-        chosen = await self._select(list(described))
-        begun = time.monotonic()
-        tasks: dict[asyncio.Task[Any], RunNode] = {
-            asyncio.ensure_future(self._begin(node)): node for node in chosen
-        }
-        await self._most(tasks, begun)
-        for task, node in tasks.items():
-            if not task.done():
-                self._late[task] = node
-        ready = [node for task, node in tasks.items() if task.done() and task.result()]
-        await self._tell_addresses(ready)
+        ready, late = await self._muster.gather(described, self._wave)
+        self._late |= late
+        # Documents are kept in the store of the node that this is.
+        self._images.node = self._muster.driver_name
+        self._tell_addresses(ready)
         return ready
 
-    async def _select(self, described: list[Mapping[str, Any]]) -> list[RunNode]:
-        context = self._context
-        selection = context.plan.nodes
-        reports = await asyncio.gather(*(self._probe(entry) for entry in described))
-        wished = [
-            (report.node_id, self._wished_name(entry, report))
-            for entry, report in zip(described, reports, strict=True)
-        ]
-        # One that left and comes again under its name, with another ID, has its store again.
-        taken = {
-            node_id: name
-            for node_id, name in self.names.items()
-            if node_id in self.nodes and not self.nodes[node_id].is_dead
-        }
-        self.names |= unique_names(wished, taken)
-        # Documents are kept in the store of the node that this is.
-        self._images.node = self.names.get(self._driver_node, "")
-        facts = [_facts(self.names[str(entry["NodeID"])], entry) for entry in described]
-        found: list[RunNode] = []
-        for entry, report, fact in zip(described, reports, facts, strict=True):
-            if not selection.takes(fact):
-                continue
-            context.state.forget_node(fact.name)
-            context.state.update_node(fact.name, node_id=fact.node_id, wave=self._wave)
-            complaint = foreign.complaint(report)
-            if complaint:
-                reason = foreign.mismatch([f"{fact.name} {complaint}"])
-                context.state.fail_node(fact.name, describe(NodeError(fact.name, reason)))
-                continue
-            node = RunNode(
-                context,
-                name=fact.name,
-                node_id=fact.node_id,
-                host=str(entry["NodeManagerAddress"]),
-                unpackers=_unpackers(context.settings.unpack.workers, fact.resources),
-            )
-            found.append(node)
-        for pattern in selection.unmatched(facts):
-            context.state.warnings.append(f"no node is called {pattern}")
-        if not found and not context.state.nodes:
-            names = ", ".join(fact.name for fact in facts)
-            raise UsageError("nodes", f"the plan selects none of the cluster's nodes ({names})")
-        found.sort(key=lambda node: _natural(node.name))
-        self.nodes |= {node.node_id: node for node in found}
-        context.nodes = max(1, len(self.nodes))
-        # In the report they stand in the order in which they begin.
-        rows = context.state.nodes
-        for name in sorted({fact.name for fact in facts} & rows.keys(), key=_natural):
-            rows[name] = rows.pop(name)
-        return found
-
-    async def _probe(self, entry: Mapping[str, Any]) -> foreign.NodeReport:
-        node_id, address = str(entry["NodeID"]), str(entry["NodeManagerAddress"])
-        call = foreign.ask(node_id)
-        try:
-            found = await cluster.ask(call, f"node {address}", foreign.PROBE_SECONDS)
-        except StowrayError as error:
-            return foreign.NodeReport(node_id, address, error=str(error))
-        return foreign.NodeReport(node_id, address, **found)
-
-    def _wished_name(self, entry: Mapping[str, Any], report: foreign.NodeReport) -> str:
-        own = self._context.settings.node if report.node_id == self._driver_node else ""
-        return chosen_name(own or report.node, entry, report.host)
-
-    async def _begin(self, node: RunNode) -> bool:
-        try:
-            await node.begin()
-        except StowrayError as error:
-            if not node.is_dead:
-                self._context.state.fail_node(node.name, describe(error))
-            node.finished.set()
-            return False
-        return True
-
-    async def _most(self, tasks: Mapping[asyncio.Task[Any], RunNode], begun: float) -> None:
-        """Wait for all, but for stragglers not much longer than for the first half."""
-        pending = set(tasks)
-        until = begun + BEGIN_SECONDS
-        while pending and time.monotonic() < until:
-            _, pending = await asyncio.wait(
-                pending,
-                timeout=max(0.0, until - time.monotonic()),
-                return_when=asyncio.FIRST_COMPLETED,
-            )
-            if 2 * len(pending) <= len(tasks) and until == begun + BEGIN_SECONDS:
-                took = time.monotonic() - begun
-                until = min(until, begun + took + max(STRAGGLER_SECONDS, STRAGGLER_FACTOR * took))
-
-    async def _tell_addresses(self, nodes: Sequence[RunNode]) -> None:
+    def _tell_addresses(self, nodes: Sequence[RunNode]) -> None:
         """Let the owner of the leases know where nodes serve; they tell it themselves as well."""
         context = self._context
-        context.resolver.tell.remote(
-            context.run,
-            context.plan.limits.origin_connections,
-            {node.name: node.address for node in nodes},
+        cluster.forget(
+            context.resolver.tell.remote(
+                context.run,
+                context.plan.limits.origin_connections,
+                {node.name: node.address for node in nodes},
+            )
         )
 
     # -- images -----------------------------------------------------------------------------------
@@ -330,6 +242,8 @@ class ClusterRun:
         }
         late = self._late if with_late else {}
         while waiting or working or late:
+            if with_late:
+                self._take_back()
             busy = [node for node in working.values() if node is not None]
             room = at_once - len(busy)
             if waiting and room > 0:
@@ -337,15 +251,24 @@ class ClusterRun:
                 for node in await self._admit(batch, [node.name for node in busy]):
                     working[asyncio.ensure_future(node.work())] = node
                 continue
-            done, _ = await asyncio.wait({*working, *late}, return_when=asyncio.FIRST_COMPLETED)
-            for task in done:
+            self._news.clear()
+            news = asyncio.ensure_future(self._news.wait())
+            try:
+                done, _ = await asyncio.wait(
+                    {*working, *late, news}, return_when=asyncio.FIRST_COMPLETED
+                )
+            finally:
+                news.cancel()
+            for task in done - {news}:
                 if task in working:
                     del working[task]
                     task.result()
                     continue
                 node = late.pop(task)
                 if task.result():
-                    await self._tell_addresses([node])
+                    # It may have begun anew since it was late first.
+                    node = self.nodes[node.node_id]
+                    self._tell_addresses([node])
                     waiting.extend(await self.look([node]))
 
     async def _admit(self, batch: Sequence[RunNode], working: Sequence[str]) -> list[RunNode]:
@@ -396,14 +319,42 @@ class ClusterRun:
         for node_id, node in list(self.nodes.items()):
             if node_id in alive or node.is_dead:
                 continue
-            node.die("the node has left the cluster or is dead")
-            context.resolver.node_died.remote(context.run, node.name)
+            self._lose(node, "the node has left the cluster or is dead")
             if is_over:
                 context.state.warnings.append(f"{node.name} has left the cluster")
                 context.state.forget_node(node.name)
                 del self.nodes[node_id]
-            else:
-                context.state.lose_node(node.name, "the node has left the cluster or is dead")
+        self._silent.look(alive)
+
+    def _lose(self, node: RunNode, reason: str) -> None:
+        node.die(reason)
+        cluster.forget(self._context.resolver.node_died.remote(self._context.run, node.name))
+        self._context.state.lose_node(node.name, reason)
+
+    def note_silent(self, node: RunNode, seconds: float) -> None:
+        """Take note of a node that does not answer: it is given up, and looked for."""
+        self._lose(node, f"no answer for {seconds:.0f} s: it hangs, or its network is cut")
+        self._silent.look_for(node)
+
+    def _take_back(self) -> None:
+        for node in self._silent.take_returned():
+            self._late[asyncio.ensure_future(self._muster.begin_again(node))] = node
+
+    def returned(self) -> set[str]:
+        """Return the IDs of nodes that came back when the run was over, each once."""
+        return {node.node_id for node in self._silent.take_returned()}
+
+    def note_restart(self) -> None:
+        """Tell an owner of the leases that was started anew what it cannot know."""
+        serving = [node for node in self.nodes.values() if node.is_serving]
+        self._tell_addresses(serving)
+        for node in serving:
+            node.declare()
+
+    def leave(self) -> None:
+        """Have all actors end themselves: the head, which would do it, is dead."""
+        for node in self.nodes.values():
+            node.link.leave()
 
     async def rest(self) -> None:
         """End all actors on the nodes: an autoscaler must be able to take an idle one away."""
@@ -436,32 +387,9 @@ class ClusterRun:
 
     async def close(self, seconds: float) -> None:
         """End everything on all nodes."""
+        self._silent.close()
         for task in self._late:
             task.cancel()
         for node in self.nodes.values():
             node.cancel()
         await asyncio.gather(*(node.end(seconds) for node in self.nodes.values()))
-
-
-def _facts(name: str, entry: Mapping[str, Any]) -> NodeFacts:
-    resources = {str(key): float(value) for key, value in entry["Resources"].items()}
-    return NodeFacts(
-        name=name,
-        node_id=str(entry["NodeID"]),
-        address=str(entry["NodeManagerAddress"]),
-        labels={str(key): str(value) for key, value in (entry.get("Labels") or {}).items()},
-        resources=resources,
-        is_head=_HEAD in resources,
-    )
-
-
-def _unpackers(configured: int, resources: Mapping[str, float]) -> int:
-    """Return how many layers a node stages at once: by its processors as Ray counts them."""
-    return configured or max(1, min(8, int(resources.get("CPU", 1.0))))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """Return a key by which ``n10`` comes after ``n9``."""
-    return [
-        (int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", name)
-    ]

@@ -78,6 +78,14 @@ class RunState:
             self.update_cell(name, cell.reference, status="failed", error=dict(error))
         self.update_node(name, state=state, error=dict(error))
 
+    def take_back(self, name: str) -> None:
+        """Begin anew with a node that was lost and has come back."""
+        row = self.nodes[name]
+        self.nodes[name] = NodeRow(name, node_id=row.node_id, wave=row.wave)
+        for cell in [cell for cell in self.cells.values() if cell.node == name]:
+            self.cells[name, cell.reference] = Cell(name, cell.reference)
+        self.changed = True
+
     def forget_node(self, name: str) -> None:
         """Take a node out of the report, as one that left when all was done."""
         self.changed = True

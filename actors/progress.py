@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import ray
 
 from stowray.actors.frames import pack, unpack
+from stowray.actors.lifeline import Lifeline, leave_now
 from stowray.pipeline.progress import Progress
 
 if TYPE_CHECKING:
@@ -107,6 +108,7 @@ class ProgressActor:
 
     def __init__(self) -> None:
         self._board = Board()
+        self._lifeline: Lifeline | None = None
 
     @ray.method(concurrency_group="notes")
     def note(self, run: str, frame: bytes) -> None:
@@ -117,6 +119,13 @@ class ProgressActor:
     def poll(self, run: str, since: int, wait_seconds: float) -> tuple[int, bytes, bool]:
         """Wait for news; see :meth:`Board.poll`."""
         return self._board.poll(run, since, wait_seconds)
+
+    @ray.method(concurrency_group="life")
+    def beat(self, seconds: float) -> None:
+        """Stay for so many seconds from now on; without a driver who says so no longer."""
+        if self._lifeline is None:
+            self._lifeline = Lifeline(leave_now, seconds=seconds)
+        self._lifeline.hold(seconds)
 
     @ray.method(concurrency_group="notes")
     def close(self, run: str) -> None:

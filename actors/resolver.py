@@ -16,6 +16,7 @@ import ray
 from stowray.actors import cluster
 from stowray.actors.engines import Engines
 from stowray.actors.lease_book import LeaseBooks
+from stowray.actors.lifeline import Lifeline, leave_now
 from stowray.actors.tasks import Tasks
 from stowray.actors.wire import documents_of, options_from_dict
 from stowray.pipeline.errors import StowrayError, to_wire
@@ -30,6 +31,7 @@ class ResolverActor:
         self._tasks = Tasks()
         self._engines = Engines()
         self._books = LeaseBooks(restarted=cluster.was_restarted())
+        self._lifeline: Lifeline | None = None
 
     @ray.method(concurrency_group="work")
     def resolve(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -87,6 +89,17 @@ class ResolverActor:
     def node_died(self, run: str, node: str) -> None:
         """End what a dead node held; see :meth:`LeaseBooks.node_died`."""
         self._books.node_died(run, node)
+
+    @ray.method(concurrency_group="life")
+    def beat(self, seconds: float) -> str:
+        """Stay for so many seconds from now on; without a driver who says so no longer.
+
+        Returns the epoch of the leases.
+        """
+        if self._lifeline is None:
+            self._lifeline = Lifeline(leave_now, seconds=seconds)
+        self._lifeline.hold(seconds)
+        return self._books.epoch
 
     @ray.method(concurrency_group="control")
     def cancel(self, run: str) -> bool:

@@ -47,13 +47,6 @@ class SpreadFetchers:
 
 def _make(spread: Mapping[str, Any], engine: MemberEngine, source: Source) -> SpreadFetcher:
     origin, fallback = engine.side(source)
-    owner = spread["leases"]
-
-    def send(request: dict[str, Any]) -> dict[str, Any]:
-        call = owner.leases.remote(request)
-        reply: dict[str, Any] = cluster.wait(call, "the run's leases", seconds=ANSWER_SECONDS)
-        return reply
-
     return SpreadFetcher(
         engine.store,
         [origin],
@@ -61,13 +54,25 @@ def _make(spread: Mapping[str, Any], engine: MemberEngine, source: Source) -> Sp
         node=str(spread["node"]),
         part=Part.from_dict(spread["part"]),
         token=str(spread["token"]),
-        leases=LeaseClient(
-            send,
-            run=str(spread["run"]),
-            node=str(spread["node"]),
-            address=str(spread["address"]),
-            connections=int(spread["connections"]),
-        ),
+        leases=lease_client(spread),
         fallback=fallback,
         bandwidth=int(spread["bandwidth"]),
+    )
+
+
+def lease_client(spread: Mapping[str, Any]) -> LeaseClient:
+    """Return the way from this process to the owner of the leases of a task's ``spread``."""
+    owner = spread["leases"]
+
+    def send(request: dict[str, Any]) -> dict[str, Any]:
+        call = owner.leases.remote(request)
+        reply: dict[str, Any] = cluster.wait(call, "the run's leases", seconds=ANSWER_SECONDS)
+        return reply
+
+    return LeaseClient(
+        send,
+        run=str(spread["run"]),
+        node=str(spread["node"]),
+        address=str(spread["address"]),
+        connections=int(spread["connections"]),
     )

@@ -54,6 +54,12 @@ class Tasks:
                 self._early.popitem(last=False)
             return False
 
+    def cancel_all(self) -> None:
+        """Give up all that runs now."""
+        with self._lock:
+            for running in self._running.values():
+                running.set()
+
     def count(self) -> int:
         """Return how many tasks run."""
         with self._lock:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from typing import Any
 
 import ray
 
+from stowray.actors.lifeline import outlive_not
+from stowray.actors.processes import Process
 from stowray.actors.reporting import task_report
 from stowray.actors.tasks import Tasks
 from stowray.pipeline.errors import StorageError
@@ -65,6 +66,6 @@ class UnpackActor:
         return os.getpid()
 
     @ray.method(concurrency_group="life")
-    def live(self) -> None:
-        """Wait for ever: the end of this call tells the caller that the process has ended."""
-        threading.Event().wait()
+    def live(self, owner: dict[str, Any]) -> None:
+        """End with the process ``owner``; the end of this call tells it that this one has ended."""
+        outlive_not(Process.from_dict(owner))

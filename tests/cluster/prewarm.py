@@ -13,20 +13,39 @@ from typing import TYPE_CHECKING, Any
 from tests.support.tars import archive, directory, file
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
+    from typing import Protocol
 
-    from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
+
+    class Cluster(Protocol):
+        """What a driver needs to know of its cluster."""
+
+        @property
+        def address(self) -> str: ...
+
+        @property
+        def environment(self) -> Mapping[str, str]: ...
+
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0
 
 
 class Driver:
-    """One program under way; ``wanted`` is what it is told to do."""
+    """One program under way; ``wanted`` is what it is told to do.
+
+    ``enter`` makes of a command one that runs where the driver is to be.
+    """
 
     def __init__(
-        self, cluster: RayCluster, folder: Path, wanted: Mapping[str, Any], **variables: str
+        self,
+        cluster: Cluster,
+        folder: Path,
+        wanted: Mapping[str, Any],
+        *,
+        enter: Callable[[list[str]], list[str]] = list,
+        **variables: str,
     ) -> None:
         settings = {"store": str(folder / "{node}"), "address": cluster.address}
         told = {"do": "run", **wanted, "settings": settings | wanted.get("settings", {})}
@@ -37,7 +56,7 @@ class Driver:
         }
         self.folder = folder
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.prewarm_driver", json.dumps(told)],
+            enter([sys.executable, "-m", "tests.support.prewarm_driver", json.dumps(told)]),
             stdout=subprocess.PIPE,
             text=True,
             cwd=ROOT,

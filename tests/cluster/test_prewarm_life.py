@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster.prewarm import Driver, add_image, states, statuses
+from tests.support.origin import Origin, origin
 from tests.support.ray_cluster import command_of
-from tests.support.registry import FakeRegistry, Fault
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.support.ray_cluster import RayCluster
+    from tests.support.registry import FakeRegistry
 
 NODES = {"n0", "n1", "n2", "n3"}
 OURS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
@@ -40,13 +41,15 @@ def ours(cluster: RayCluster, node: str, *kinds: str) -> list[int]:
     ]
 
 
-def add_slow(registry: FakeRegistry, size: int = 3 << 20) -> tuple[str, str]:
-    """Add an image whose one layer takes some seconds from the registry, and its blob's path."""
-    reference = add_image(registry, "slow", size)
+def add_held(registry: FakeRegistry, source: Origin, size: int = 3 << 20) -> tuple[str, str]:
+    """Add an image whose one layer the origin gives two thirds of until it is let go on.
+
+    Returns its reference and its blob's path.
+    """
+    reference = add_image(registry, "held", size).replace(registry.host, source.host)
     (blob,) = [digest for digest, data in registry.blobs.items() if len(data) > size // 2]
-    path = f"/blobs/{blob}"
-    registry.fault(path, Fault(trickle=(64 * 1024, 0.1)), repeat=True)
-    return reference, path
+    source.hold_after(size * 2 // 3)
+    return reference, f"/blobs/{blob}"
 
 
 def arrived(folder: Path, node: str) -> int:
@@ -60,6 +63,13 @@ def is_gone(cluster: RayCluster) -> bool:
 
 
 @pytest.fixture
+def source(registry: FakeRegistry) -> Iterator[Origin]:
+    """What stands before the registry and can hold it back."""
+    with origin(registry.host) as proxy:
+        yield proxy
+
+
+@pytest.fixture
 def brought_back(four_nodes: RayCluster) -> Iterator[RayCluster]:
     """The four nodes, complete again after the test."""
     yield four_nodes
@@ -70,14 +80,16 @@ def brought_back(four_nodes: RayCluster) -> Iterator[RayCluster]:
 def test_a_dead_node_is_told_and_the_others_finish(
     drive: Callable[..., Driver],
     registry: FakeRegistry,
+    source: Origin,
     brought_back: RayCluster,
     workspace: Path,
     until: Until,
 ) -> None:
-    reference, path = add_slow(registry)
+    reference, path = add_held(registry, source)
     driver = drive(reference)
     until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NODES))
     brought_back.kill("n2")
+    source.hold_after(None)
     code, report = driver.finish()
     assert code == 1
     assert states(report) == {"n0": "ready", "n1": "ready", "n2": "dead", "n3": "ready"}
@@ -92,17 +104,19 @@ def test_a_dead_node_is_told_and_the_others_finish(
 def test_an_actor_that_dies_is_started_anew_and_goes_on(
     drive: Callable[..., Driver],
     registry: FakeRegistry,
+    source: Origin,
     four_nodes: RayCluster,
     workspace: Path,
     until: Until,
     kind: str,
 ) -> None:
-    reference, path = add_slow(registry)
+    reference, path = add_held(registry, source)
     driver = drive(reference)
     until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NODES))
     node = "n0" if kind in ("ResolverActor", "ProgressActor") else "n1"
     (victim,) = ours(four_nodes, node, kind)
     os.kill(victim, signal.SIGKILL)
+    source.hold_after(None)
     code, report = driver.finish()
     assert code == 0, report
     assert states(report) == dict.fromkeys(NODES, "ready")
@@ -113,11 +127,12 @@ def test_an_actor_that_dies_is_started_anew_and_goes_on(
 def test_a_cancelled_run_is_over_at_once_and_the_next_one_goes_on(
     drive: Callable[..., Driver],
     registry: FakeRegistry,
+    source: Origin,
     four_nodes: RayCluster,
     workspace: Path,
     until: Until,
 ) -> None:
-    reference, path = add_slow(registry)
+    reference, path = add_held(registry, source)
     driver = drive(reference)
     until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NODES))
     driver.cancel()
@@ -126,7 +141,7 @@ def test_a_cancelled_run_is_over_at_once_and_the_next_one_goes_on(
     assert report["interrupted"]
     assert statuses(report) == {node: {"failed"} for node in NODES}
     until(lambda: is_gone(four_nodes))
-    registry.clear_faults()
+    source.hold_after(None)
     code, report = drive(reference).finish()
     assert code == 0
     assert registry.seen(path)[-1].range is not None, "what was fetched is fetched again"
@@ -135,17 +150,18 @@ def test_a_cancelled_run_is_over_at_once_and_the_next_one_goes_on(
 def test_a_killed_driver_leaves_nothing_behind(
     drive: Callable[..., Driver],
     registry: FakeRegistry,
+    source: Origin,
     four_nodes: RayCluster,
     workspace: Path,
     until: Until,
 ) -> None:
-    reference, path = add_slow(registry)
+    reference, path = add_held(registry, source)
     driver = drive(reference)
     until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NODES))
     driver.process.kill()
     driver.process.wait()
     until(lambda: is_gone(four_nodes))
-    registry.clear_faults()
+    source.hold_after(None)
     code, _ = drive(reference).finish()
     assert code == 0
     assert registry.seen(path)[-1].range is not None

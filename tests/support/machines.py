@@ -83,7 +83,7 @@ class Machine:
         # folder is the machine's own, as it would be.
         script = (
             f"mount -t tmpfs -o mode=1777 machine {net.temporary} && hostname {self.name} "
-            f"&& echo up >&{told} && exec {told}>&- && exec sleep infinity"
+            "&& echo up && exec sleep infinity >/dev/null"
         )
         self._first = subprocess.Popen(
             [
@@ -92,7 +92,7 @@ class Machine:
                 *("sh", "-c", script),
             ],
             stdin=subprocess.DEVNULL,
-            pass_fds=[told],
+            stdout=told,
         )
         os.close(told)
         with os.fdopen(ready) as answer:
@@ -129,8 +129,9 @@ class Machine:
         first, self._first = self._first, None
         if first is None:
             return
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(self._pid, signal.SIGKILL)
+        if self._pid:  # 0 would be everybody here
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._pid, signal.SIGKILL)
         first.kill()
         first.wait()
 

@@ -1,0 +1,76 @@
+"""What all nodes of a pre-warm run have in common, and what each is told of it.
+
+Invariant: credentials leave here as arguments of calls only, never as those of a constructor or in
+an environment, which Ray keeps and logs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stowray.actors.wire import options_to_dict, settings_to_dict
+from stowray.pipeline.clock import Boot
+from stowray.pipeline.engine import PullOptions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stowray.actors.prewarm_images import RunImage
+    from stowray.actors.prewarm_state import RunState
+    from stowray.pipeline.prewarm_plan import PrewarmPlan
+    from stowray.pipeline.progress import Progress
+    from stowray.pipeline.settings import Settings
+
+
+@dataclass(slots=True)
+class RunContext:
+    """A run as its nodes share it; ``nodes`` counts them."""
+
+    run: str
+    token: str
+    plan: PrewarmPlan
+    settings: Settings
+    environment: Mapping[str, str]
+    state: RunState
+    progress: Progress
+    resolver: Any
+    board: Any
+    nodes: int = 1
+
+    def begin_request(self, node: str, host: str, port: int) -> dict[str, Any]:
+        """Return the request of ``NodeActor.begin_run``; to serve at ``host``, port 0: any."""
+        return {
+            "run": self.run,
+            "node": node,
+            "token": self.token,
+            "settings": settings_to_dict(self.settings) | {"node": node},
+            "environment": dict(self.environment),
+            "boot": Boot.read().boot_id,
+            "host": host,
+            "port": port,
+        }
+
+    def pull_request(self, node: str, run: str, image: RunImage, *, sync: bool) -> dict[str, Any]:
+        """Return the request of ``NodeActor.pull`` that brings an image as a part of the run."""
+        limits = self.plan.limits
+        return {
+            "run": run,
+            "store": "",
+            "source": image.reference.to_dict(),
+            "image": image.image.to_dict(),
+            "documents": image.documents,
+            "options": options_to_dict(PullOptions(platform=image.image.platform, sync=sync)),
+            "settings": settings_to_dict(self.settings) | {"node": node},
+            "environment": dict(self.environment),
+            "progress": self.board,
+            "nodes": self.nodes,
+            "driver": None,
+            "spread": {
+                "run": self.run,
+                "image": image.about,
+                "leases": self.resolver,
+                "connections": limits.origin_connections,
+                "bandwidth": limits.bandwidth,
+            },
+        }
