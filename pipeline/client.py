@@ -26,6 +26,7 @@ from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection, Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
+from stowray.pipeline.exchange_errors import NOT_TLS
 from stowray.pipeline.notices import Notices
 from stowray.pipeline.redact import host_of, public_url
 from stowray.pipeline.retry import retry_after
@@ -109,11 +110,13 @@ class Client:
         document: bool = True,
         anonymous: bool = False,
         endpoint: Endpoint | None = None,
+        asked: Callable[[], None] | None = None,
         cancelled: Callable[[], bool] = never,
     ) -> Answer:
         """Return the answer to ``method`` on ``path``; of whatever status, but no redirect or 401.
 
-        ``endpoint`` tells how ``host`` is reached when that is not the usual way.
+        ``endpoint`` tells how ``host`` is reached when that is not the usual way; ``asked`` is
+        called before each request for ``path``, as challenges and lost logins make several of one.
         Raises UnauthorizedError for a 401 that no login can answer.
         """
         endpoint = endpoint or Endpoint(host, registry, repository)
@@ -128,6 +131,7 @@ class Client:
                 document,
                 anonymous,
                 endpoint,
+                asked,
                 cancelled,
             )
 
@@ -142,6 +146,7 @@ class Client:
         document: bool,
         anonymous: bool,
         endpoint: Endpoint,
+        asked: Callable[[], None] | None,
         cancelled: Callable[[], bool],
     ) -> Answer:
         challenges = 0
@@ -166,6 +171,8 @@ class Client:
                 headers=endpoint.headers,
             )
             grant = self._auth.grant(resource, cancelled)
+            if asked is not None:
+                asked()
             try:
                 answer = self._follow(method, resource, path, headers, grant, document, cancelled)
             except UnavailableError as error:
@@ -230,6 +237,10 @@ class Client:
     def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
         """Wait as long as ``count`` more bytes from ``host`` have to last."""
         self._limiter.spend(host, count, cancelled)
+
+    def rest(self, host: str) -> float:
+        """Return for how many seconds ``host`` has asked to be left alone."""
+        return self._limiter.rest(host)
 
     def spare(self, host: str) -> int:
         """Return how many more exchanges for blobs ``host`` gets now without a wait."""
@@ -368,7 +379,12 @@ class Client:
                 sent_by = resource.host
             if document and not resource.home and patience_seconds is None:
                 patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
-        release = self._limiter.acquire(host, document=document, cancelled=cancelled)
+        release = self._limiter.acquire(
+            host,
+            document=document,
+            cancelled=cancelled,
+            can_leave=resource is not None and not resource.home,
+        )
         try:
             response = self._transport.exchange(
                 method,
@@ -458,6 +474,10 @@ class Client:
             ) as response:
                 response.finish()
         except UnavailableError:
+            return False
+        except RegistryError as error:
+            if error.code != NOT_TLS:
+                raise
             return False
         return True
 

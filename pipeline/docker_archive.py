@@ -65,13 +65,19 @@ class DockerArchiveOrigin:
         self._lock = threading.Lock()
         self._saved: _Saved | None = None
 
-    def resolve(self, reference: Source) -> Resolved:
+    def resolve(self, reference: Source, **_: Callable[[], object]) -> Resolved:
         """Return the made-up manifest of the image that the source names."""
         saved = self._load()
         found = Descriptor(media_types.OCI_MANIFEST, saved.digest, len(saved.manifest))
         return Resolved(found, saved.manifest, self._source.name)
 
-    def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
+    def manifest(
+        self,
+        reference: Source,
+        digest: Digest,
+        size: int | None = None,
+        **_: Callable[[], object],
+    ) -> bytes:
         """Return the manifest or config ``digest``, hashed."""
         saved = self._load()
         if digest == saved.digest:

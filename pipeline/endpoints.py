@@ -87,11 +87,6 @@ class Endpoints:
             )
         return found
 
-    def well_first(self, found: tuple[Endpoint, ...]) -> tuple[Endpoint, ...]:
-        """Return ``found`` with those behind that failed lately."""
-        # A stable sort: the order of the file holds among those that are well.
-        return tuple(sorted(found, key=self.is_resting))
-
     def blame(self, endpoint: Endpoint, error: StowrayError) -> None:
         """Let a mirror rest that gave wrong bytes, or nothing for as long as it was waited for."""
         if endpoint.home:

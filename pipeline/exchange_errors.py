@@ -28,6 +28,11 @@ _VERDICTS = {
     "closed": ("CLOSED", "the transport was closed"),
 }
 
+NOT_TLS = "NOT_TLS"
+# What OpenSSL makes of a plain answer to the first words of TLS.
+_PLAIN_ANSWERS = frozenset({"WRONG_VERSION_NUMBER", "HTTP_REQUEST"})
+_NOT_TLS_HINT = "no TLS is spoken there; if plain http is meant, give --plain-http {}"
+
 
 def verdict(watch: Watch) -> StowrayError:
     """Return the error for an exchange that the watchdog ended."""
@@ -63,6 +68,8 @@ def _translated(error: Exception, url: str, secrets: KnownSecrets) -> StowrayErr
     if isinstance(error, TimeoutError):
         return UnavailableError(url, 0, "TIMEOUT", f"no answer from {host_of(url)} in time")
     if ssl is not None and isinstance(error, ssl.SSLError):
+        if error.reason in _PLAIN_ANSWERS:
+            return RegistryError(url, 0, NOT_TLS, _NOT_TLS_HINT.format(host_of(url)))
         return UnavailableError(url, 0, "TLS", detail)
     if isinstance(error, MalformedError):
         return UnavailableError(url, 0, "PROTOCOL", detail)

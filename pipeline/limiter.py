@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
-from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.errors import CancelledError, UnavailableError
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.node_limits import Kind, Line
 
 DOCUMENT_PERMITS = 4
+# A host that others can stand in for is not waited for when it wants a longer pause.
+PATIENCE_SECONDS = 0.5
 POLL_SECONDS = 0.05
 # Between two looks for a permit of others: who has waited for long looks often.
 FIRST_LOOK_SECONDS = 0.05
@@ -109,9 +112,20 @@ class Limiter:
             shared.close()
 
     def acquire(
-        self, host: str, *, document: bool, cancelled: Callable[[], bool] | None = None
+        self,
+        host: str,
+        *,
+        document: bool,
+        cancelled: Callable[[], bool] | None = None,
+        can_leave: bool = False,
     ) -> Callable[[], None]:
-        """Wait for a permit and return what gives it back (once; more calls are harmless)."""
+        """Wait for a permit and return what gives it back (once; more calls are harmless).
+
+        With ``can_leave`` the wait ends with UnavailableError when ``host`` asks for a pause after
+        it began: there are others to ask.
+        """
+        if can_leave and self.rest(host) <= 0:
+            cancelled = partial(self._leave_in_pause, host, cancelled)
         with self._changed:
             state = self._hosts.setdefault(host, _Host())
             if not document:
@@ -142,6 +156,12 @@ class Limiter:
                 stack.callback(self._acquire_shared(shared, host, document, gap, cancelled))
             # Everything is there: from now on the caller gives it back.
             return stack.pop_all().close
+
+    def _leave_in_pause(self, host: str, cancelled: Callable[[], bool] | None) -> bool:
+        """Return ``cancelled()``; raise when ``host`` wants to be left alone for long."""
+        if self.rest(host) > PATIENCE_SECONDS:
+            raise UnavailableError(host, 429, "RESTING", "it wants to be left alone for a while")
+        return cancelled is not None and cancelled()
 
     def _acquire_shared(
         self,
@@ -230,6 +250,13 @@ class Limiter:
             state.not_before = max(state.not_before, self._clock.monotonic() + seconds)
         for shared in self._shared:
             shared.pause(host, seconds)
+
+    def rest(self, host: str) -> float:
+        """Return for how many seconds more no exchange with ``host`` will start."""
+        with self._changed:
+            until = self._hosts.get(host, _Host()).not_before
+        own = until - self._clock.monotonic()
+        return max(0.0, own, *(shared.rest(host) for shared in self._shared))
 
     def space_documents(self, host: str, seconds: float) -> None:
         """Let at least that long pass between two requests for documents of ``host``."""

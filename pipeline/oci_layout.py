@@ -45,7 +45,7 @@ class LayoutOrigin:
         self._source = source
         self._files = files
 
-    def resolve(self, reference: Source) -> Resolved:
+    def resolve(self, reference: Source, **_: Callable[[], object]) -> Resolved:
         """Return the entry of ``index.json`` that the source names."""
         entries = self._choose(self._index(self._files()))
         if len(entries) == 1:
@@ -55,7 +55,13 @@ class LayoutOrigin:
         found = Descriptor(media_types.OCI_INDEX, Digest.of(body), len(body))
         return Resolved(found, body, self._source.name)
 
-    def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
+    def manifest(
+        self,
+        reference: Source,
+        digest: Digest,
+        size: int | None = None,
+        **_: Callable[[], object],
+    ) -> bytes:
         """Return the document ``digest``, hashed."""
         files = self._files()
         body = read_small(files, _blob_name(digest), MANIFEST_LIMIT)

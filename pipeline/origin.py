@@ -26,8 +26,6 @@ class Resolved:
     descriptor: Descriptor
     body: bytes | None = None
     source: str = ""
-    # Requests for manifests that it took, HEAD and GET.
-    requests: int = 0
 
 
 class BlobStream(Protocol):
@@ -88,10 +86,28 @@ class Divisible(Protocol):
 class Origin(Protocol):
     """A place that images come from; every method may be called from several threads."""
 
-    def resolve(self, reference: Source) -> Resolved:
-        """Return what ``reference`` names now, or raise ``NotFoundError``."""
+    def resolve(
+        self,
+        reference: Source,
+        *,
+        asked: Callable[[], None] = ...,
+        cancelled: Callable[[], bool] = ...,
+    ) -> Resolved:
+        """Return what ``reference`` names now, or raise ``NotFoundError``.
 
-    def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
+        ``asked`` is called with each request that this takes of a registry; a wait in it ends when
+        ``cancelled()``.
+        """
+
+    def manifest(
+        self,
+        reference: Source,
+        digest: Digest,
+        size: int | None = None,
+        *,
+        asked: Callable[[], None] = ...,
+        cancelled: Callable[[], bool] = ...,
+    ) -> bytes:
         """Return the index, manifest or config ``digest`` of the repository, hashed."""
 
     def open_blob(

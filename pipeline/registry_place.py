@@ -41,7 +41,7 @@ class RegistryPlace:
         cancelled: Callable[[], bool] | None = None,
     ) -> RegistryBlob:
         """Return the bytes that this endpoint sends, or pass the turn on with UnavailableError."""
-        if self._endpoints.is_resting(self._endpoint) and offset != self._passed_at:
+        if self._registry.is_resting(self._endpoint) and offset != self._passed_at:
             self._passed_at = offset
             raise UnavailableError(self._endpoint.host, 0, RESTING, "it failed a moment ago")
         return self._registry.open_blob_at(

@@ -43,6 +43,10 @@ class Request:
     cancelled: Callable[[], bool]
     manifest_requests: int = 0
 
+    def count(self) -> None:
+        """Take note of one request for a manifest, whatever came of it."""
+        self.manifest_requests += 1
+
 
 class Resolver:
     """Turns references into images; documents go through the store, so that each is read once.
@@ -191,10 +195,9 @@ class Resolver:
         if request.policy == "always":
             self._tags.forget(reference.canonical)
 
-        def work(_abandoned: Callable[[], bool]) -> Resolved:
-            resolved = self._connect()[0].resolve(reference)
-            request.manifest_requests += resolved.requests
-            return resolved
+        def work(abandoned: Callable[[], bool]) -> Resolved:
+            origin = self._connect()[0]
+            return origin.resolve(reference, asked=request.count, cancelled=abandoned)
 
         return self._tags.do(reference.canonical, work, request.cancelled)
 
@@ -234,10 +237,11 @@ class Resolver:
         if request.policy == "never":
             raise NotFoundError(str(digest), str(self._store.path))
 
-        def work(_abandoned: Callable[[], bool]) -> bytes:
+        def work(abandoned: Callable[[], bool]) -> bytes:
             request.report("manifest", str(digest), "downloading", 0, descriptor.size)
-            body = self._connect()[0].manifest(reference, digest, descriptor.size)
-            request.manifest_requests += 1
+            body = self._connect()[0].manifest(
+                reference, digest, descriptor.size, asked=request.count, cancelled=abandoned
+            )
             self._store.put_blob(digest, body)
             self._store.confirm(digest, reference.name)
             request.report("manifest", str(digest), "done", len(body), len(body))

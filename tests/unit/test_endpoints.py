@@ -278,7 +278,7 @@ def test_how_long_a_mirror_rests(setup: Setup, error: Exception, seconds: int) -
     endpoints.blame(found[0], error)
 
     def order() -> list[str]:
-        return [endpoint.host for endpoint in endpoints.well_first(found)]
+        return [endpoint.host for endpoint in sorted(found, key=endpoints.is_resting)]
 
     if seconds:
         setup.now += seconds - 1

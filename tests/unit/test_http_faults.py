@@ -472,7 +472,7 @@ def _(stage: Stage) -> None:
     from stowray.pipeline.transport import Transport
 
     transport = Transport(connect_seconds=0.5)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(RegistryError, match="no TLS is spoken there"):
         transport.exchange("GET", f"https://{stage.fake.host}/v2/")
     transport.close()
 
@@ -534,8 +534,10 @@ class _At:
     ) -> BlobStream:
         return self._registry.open_blob(self._reference, descriptor, offset, cancelled=cancelled)
 
-    def resolve(self, reference: Source) -> Resolved:
+    def resolve(self, reference: Source, **_: Any) -> Resolved:
         raise StowrayError("mirrors are not asked what a tag names")
 
-    def manifest(self, reference: Source, digest: Digest, size: int | None = None) -> bytes:
+    def manifest(
+        self, reference: Source, digest: Digest, size: int | None = None, **_: Any
+    ) -> bytes:
         raise StowrayError("not needed here")

@@ -6,6 +6,7 @@ import base64
 import json
 import socket
 import ssl
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +221,42 @@ def test_a_hanging_mirror_is_waited_for_once(bench: Bench) -> None:
         fetcher = Fetcher(bench.store, [bench.origin()], RegistrySettings(**bench.settings))
         assert fetcher.fetch(bench.reference, descriptor, report=silent).source == bench.home.host
     assert mirror.count() == 1
+
+
+def test_a_mirror_that_wants_a_pause_is_not_waited_for(bench: Bench) -> None:
+    """Neither by those that it told so, nor by those that stood in its line, nor by later ones."""
+    mirror = bench.serve()
+    bench.settings["connections"] = 1
+    bench.mirrors(mirror)
+    blobs = [incompressible(5000, seed) for seed in range(4)]
+    for fake in (mirror, bench.home):
+        for data in blobs:
+            fake.add_blob(data)
+    too_many = Fault(status=429, headers=(("Retry-After", "3600"),), delay=0.2)
+    mirror.fault("/blobs/", too_many, repeat=True)
+    fetcher = Fetcher(bench.store, [bench.origin()], RegistrySettings(**bench.settings))
+    wanted = [Descriptor("application/octet-stream", Digest.of(data), 5000) for data in blobs]
+    with ThreadPoolExecutor(4) as pool:
+        fetched = list(
+            pool.map(lambda one: fetcher.fetch(bench.reference, one, report=silent), wanted)
+        )
+    assert [one.source for one in fetched] == [bench.home.host] * 4
+    assert mirror.count("/blobs/") == 1
+    # A tag is asked for elsewhere, too.
+    assert bench.resolve() == MANIFEST
+    assert mirror.count("/manifests/") == 0
+
+
+def test_a_mirror_s_pause_is_waited_for_when_nobody_else_is_there(bench: Bench) -> None:
+    mirror = bench.serve()
+    bench.mirrors(mirror)
+    bench.home.fault("/v2/", Fault(status=404), repeat=True)
+    too_many = Fault(status=429, headers=(("Retry-After", "2"),))
+    mirror.fault("/blobs/", too_many)
+    fetched = bench.fetch()
+    assert fetched.source == mirror.host
+    first, second = mirror.seen("/blobs/")
+    assert second.time - first.time >= 2
 
 
 def test_a_registry_that_is_gone_does_not_matter_while_a_mirror_is_there(bench: Bench) -> None:

@@ -24,7 +24,8 @@ from stowray.pipeline.errors import (
     UsageError,
 )
 from stowray.pipeline.reference import Reference
-from stowray.pipeline.registry import DOCUMENT_LIMIT, Registry
+from stowray.pipeline.registry import Registry
+from stowray.pipeline.registry_documents import DOCUMENT_LIMIT
 from stowray.pipeline.settings import RegistrySettings
 from stowray.pipeline.source import DiskImage
 from tests.support.registry import (
@@ -97,7 +98,6 @@ def test_a_head_is_enough(fake: FakeRegistry, make: Make) -> None:
     assert resolved.descriptor == Descriptor(OCI_MANIFEST, digest, len(body))
     assert resolved.body is None
     assert methods(fake) == ["HEAD"]
-    assert resolved.requests == 1
 
 
 def test_every_type_is_accepted_as_a_value_of_its_own(fake: FakeRegistry, make: Make) -> None:
@@ -136,7 +136,45 @@ def test_a_head_that_does_not_tell_all_is_followed_by_a_get(
     assert methods(fake) == ["HEAD", "GET"]
     assert resolved.descriptor == Descriptor(OCI_MANIFEST, digest, len(body))
     assert resolved.body == body
-    assert resolved.requests == 2
+
+
+def test_every_request_for_a_manifest_is_counted(fake: FakeRegistry, make: Make) -> None:
+    """As the registry counts: challenges, failed tries and second thoughts are requests too."""
+    fake.auth = "bearer"
+    digest, body = tagged(fake)
+    fake.fault(
+        MANIFESTS,
+        Fault(status=405),
+        Fault(status=503),
+        Fault(cut="reset", after=5),
+        Fault(status=500),
+        Fault(),
+        Fault(corrupt=3),
+    )
+    counted: list[None] = []
+    registry = make(attempts=6)
+    registry.resolve(reference(fake), asked=lambda: counted.append(None))
+    registry.manifest(reference(fake), digest, len(body), asked=lambda: counted.append(None))
+    assert len(counted) == fake.count(MANIFESTS) >= 7
+
+
+def test_what_is_known_by_its_tag_only(fake: FakeRegistry, make: Make) -> None:
+    digest, body = tagged(fake)
+    fake.fault(str(digest), Fault(status=404), repeat=True)
+    assert make().manifest(reference(fake), digest, len(body)) == body
+
+
+def test_a_head_that_tells_a_digest_of_nothing(fake: FakeRegistry, make: Make) -> None:
+    false = Digest("sha256:" + "0" * 64)
+    fake.fault(MANIFESTS, Fault(headers=(("Docker-Content-Digest", str(false)),)), repeat=True)
+    registry = make()
+    assert registry.resolve(reference(fake)).descriptor.digest == false
+    with pytest.raises(DigestMismatchError):
+        registry.manifest(reference(fake), false)
+    # Gone meanwhile is another matter than wrong.
+    fake.clear_faults()
+    with pytest.raises(NotFoundError):
+        registry.manifest(reference(fake), false)
 
 
 def test_the_reason_of_a_refused_head_comes_from_a_get(fake: FakeRegistry, make: Make) -> None:
@@ -391,6 +429,9 @@ def test_a_blob_from_an_offset_by_a_closed_range(fake: FakeRegistry, make: Make)
         pytest.param(Fault(false_range="bytes 1000-5000/*"), 2, id="another length"),
         pytest.param(Fault(encoding="x", false_range="bytes 1000-99999/100000"), 2, id="encoded"),
         pytest.param(Fault(status=416), 2, id="416"),
+        pytest.param(Fault(status=400), 2, id="refused as bad"),
+        pytest.param(Fault(status=406), 2, id="refused as not acceptable"),
+        pytest.param(Fault(status=501), 2, id="not implemented"),
     ],
 )
 def test_a_range_that_cannot_be_used_brings_the_whole(
@@ -403,6 +444,18 @@ def test_a_range_that_cannot_be_used_brings_the_whole(
     assert read(stream) == LAYER
     assert len(fake.requests) == requests
     assert fake.requests[-1].range is None or requests == 1
+
+
+@pytest.mark.parametrize("status", [204, 206, 416])
+def test_an_answer_that_is_no_blob_may_be_another_one_the_next_time(
+    fake: FakeRegistry, make: Make, status: int
+) -> None:
+    descriptor = blob(fake)
+    fake.fault("/blobs/", Fault(status=status))
+    registry = make()
+    with pytest.raises(UnavailableError, match="not the blob"):
+        registry.open_blob(reference(fake), descriptor)
+    assert read(registry.open_blob(reference(fake), descriptor)) == LAYER
 
 
 @pytest.mark.parametrize("fault", [Fault(no_total=True), Fault(short_range=500)])

@@ -341,8 +341,9 @@ def test_a_certificate_that_is_not_right(
 
 def test_plain_http_on_a_tls_url(registry: FakeRegistry) -> None:
     transport = Transport(connect_seconds=0.5)
-    with pytest.raises(UnavailableError):
+    with pytest.raises(RegistryError, match=r"--plain-http 127\.0\.0\.1") as caught:
         transport.exchange("GET", blob(registry).replace("http:", "https:"))
+    assert not caught.value.retryable
     transport.close()
 
 
