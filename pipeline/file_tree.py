@@ -133,7 +133,7 @@ class ArchiveTree:
             self._read_index()
         except LayerError as error:
             self.close()
-            what = f"member {error.entry} " if error.entry else "a member "
+            what = f"member {error.entry} " if error.entry else "has a member that "
             raise self._broken(what + error.reason) from None
         except ManifestError:
             self.close()

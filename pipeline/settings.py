@@ -9,12 +9,13 @@ key or a value of the wrong kind is a UsageError that names the key, never ignor
 from __future__ import annotations
 
 import os
+import re
 import socket
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
 
-from stowray.pipeline.errors import UsageError
+from stowray.pipeline.errors import UsageError, escape
 from stowray.pipeline.values import dataclass
 
 SYSTEM_STORE = "/var/lib/stowray"
@@ -92,7 +93,15 @@ class Settings:
     def store_path(self) -> Path:
         """Return the absolute path of the store with ``{node}`` filled in."""
         text = self.store or os.environ.get("STOWRAY_STORE", "") or _default_store()
-        return Path(text.replace("{node}", self.node_name)).expanduser().absolute()
+        text = text.replace("{node}", self.node_name)
+        try:
+            # Records, and what workers and actors are told, are UTF-8.
+            text.encode()
+            return Path(text).expanduser().absolute()
+        except UnicodeEncodeError as error:
+            raise UsageError(escape(text), "the path of a store must be UTF-8") from error
+        except RuntimeError as error:
+            raise UsageError(text, "there is no such user's home directory") from error
 
     def worker_count(self) -> int:
         """Return how many layers are staged at once."""
@@ -115,6 +124,19 @@ _CHOICES = {
     "engine": ("auto", "local", "ray"),
     "resolve.policy": ("newer", "missing", "always", "never"),
 }
+# A host name, an address, or an IPv6 address in brackets, and perhaps a port; no URL.
+_HOST = re.compile(r"(?:[^\s/@\[\]:]+|\[[0-9A-Fa-f:.]+\])(?::[0-9]+)?")
+# What the system's waits, and files, can take.
+LARGEST = 2**53
+_MOST = {
+    "registry.connect_timeout_seconds": 1e6,
+    "registry.stall_timeout_seconds": 1e6,
+    "registry.deadline_seconds": 1e9,
+    "resolve.ttl_seconds": 1e9,
+    "unpack.workers": 512,
+}
+# A wait of no time ends before anything can have come.
+_POSITIVE = frozenset({"registry.connect_timeout_seconds", "registry.stall_timeout_seconds"})
 # Paths, made absolute at once: who uses them may work in another directory.
 _PATHS = frozenset(
     f"registry.{name}"
@@ -186,13 +208,23 @@ def _coerce(key: str, value: Any, default: Any, origin: str) -> Any:
     if isinstance(default, tuple):
         if not isinstance(value, list | tuple) or not all(isinstance(v, str) for v in value):
             raise UsageError(origin, f"{key} must be a list of strings")
+        if key == "registry.plain_http":
+            for host in value:
+                if not _HOST.fullmatch(host):
+                    raise UsageError(origin, f"{key}: {host!r} is not a HOST[:PORT]")
         return tuple(value)
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if type(value) is not type(default):
         raise UsageError(origin, f"{key} must be of type {type(default).__name__}")
-    if isinstance(value, int | float) and value < 0:
-        raise UsageError(origin, f"{key} must not be negative")
+    if isinstance(value, int | float):
+        # Not `value < 0`: NaN is no number to compare with.
+        if not value >= 0:
+            raise UsageError(origin, f"{key} must not be negative")
+        if value > (most := _MOST.get(key, LARGEST)):
+            raise UsageError(origin, f"{key} must not be more than {most}")
+        if key in _POSITIVE and not value:
+            raise UsageError(origin, f"{key} must be more than 0")
     if key in _PATHS and value not in ("", SYSTEM):
         return str(Path(value).expanduser().absolute())
     if key in _CHOICES and value not in _CHOICES[key]:

@@ -73,6 +73,10 @@ def parse_source(text: str) -> Source:
         raise InvalidReferenceError(text[:200], f"a path is missing: {kind}:PATH[:NAME]")
     if "\0" in rest:
         raise InvalidReferenceError(text[:200], "a path has no NUL character")
+    try:
+        rest.encode()
+    except UnicodeEncodeError as error:
+        raise InvalidReferenceError(text[:200], "the path of an image must be UTF-8") from error
     path = os.path.abspath(path)
     if ":" in path:
         raise InvalidReferenceError(

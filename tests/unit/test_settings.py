@@ -39,6 +39,20 @@ def test_every_key_of_the_default_file_is_explained() -> None:
         pytest.param("[registry]\nattempts = 'six'", "registry.attempts", id="wrong type"),
         pytest.param("[registry]\nattempts = true", "registry.attempts", id="bool is no number"),
         pytest.param("[registry]\nattempts = -1", "registry.attempts", id="negative"),
+        pytest.param(
+            "[registry]\nconnect_timeout_seconds = nan",
+            "registry.connect_timeout_seconds",
+            id="no number",
+        ),
+        pytest.param(
+            "[registry]\nstall_timeout_seconds = inf", "registry.stall_timeout", id="endless"
+        ),
+        pytest.param(
+            "[registry]\nstall_timeout_seconds = 0", "registry.stall_timeout", id="no time"
+        ),
+        pytest.param("[unpack]\nworkers = 100000", "unpack.workers", id="too many processes"),
+        pytest.param("[registry]\nplain_http = ['http://a']", "http://a", id="a URL for a host"),
+        pytest.param("[registry]\nplain_http = ['']", "registry.plain_http", id="an empty host"),
         pytest.param("registry = 1", "registry", id="section is no table"),
         pytest.param("engine = 'fast'", "engine", id="unknown choice"),
         pytest.param("[registry]\nplain_http = 'host'", "registry.plain_http", id="no list"),
@@ -103,3 +117,16 @@ def test_a_node_is_called_as_configured_else_as_its_environment_says(monkeypatch
     assert Settings(node="n7").node_name == "n7"
     monkeypatch.delenv("STOWRAY_NODE")
     assert Settings().node_name == socket.gethostname()
+
+
+@pytest.mark.parametrize(
+    "store", ["~no-such-user/x", b"/s/\xe9".decode("utf-8", "surrogateescape")]
+)
+def test_a_store_that_cannot_be_named_is_a_usage_error(store: str) -> None:
+    with pytest.raises(UsageError):
+        Settings(store=store).store_path()
+
+
+@pytest.mark.parametrize("host", ["a", "a.example:5000", "10.0.0.1", "[::1]:5000", "[fe80::1]"])
+def test_hosts_without_tls(host: str) -> None:
+    assert load_settings(overrides={"plain_http": [host]}).registry.plain_http == (host,)
