@@ -246,6 +246,11 @@ class LocalEngine:
             image,
             plan,
             outcomes,
+            unpacked={
+                layer.chain_id: self.snapshots.get(layer.chain_id).unpacked_size
+                for layer in plan.layers
+                if layer.committed
+            },
             requests=requests,
             seconds=seconds,
             engine=self.name,

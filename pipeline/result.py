@@ -9,6 +9,9 @@ from stowray.pipeline.plan import stage_id
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from stowray.pipeline.digest import Digest
     from stowray.pipeline.image import Image
     from stowray.pipeline.plan import Plan
     from stowray.pipeline.run import Outcome
@@ -19,7 +22,7 @@ class LayerResult:
     """One layer: sizes in bytes, times in seconds.
 
     ``source`` is ``store`` when nothing was fetched, else the host or peer that the bytes came
-    from; ``unpacked_size`` is the size of the files that the layer holds.
+    from; ``unpacked_size`` is the size of the files that the layer holds, 0 if it is not unpacked.
     """
 
     digest: str
@@ -98,12 +101,16 @@ def make_result(
     plan: Plan,
     outcomes: dict[str, Outcome],
     *,
+    unpacked: Mapping[Digest, int],
     requests: int,
     seconds: dict[str, float],
     engine: str,
     node: str,
 ) -> PullResult:
-    """Return the result of a plan carried out with these ``outcomes`` by step ID."""
+    """Return the result of a plan carried out with these ``outcomes`` by step ID.
+
+    ``unpacked`` has the unpacked size of each layer that was there already, by chain ID.
+    """
     return PullResult(
         reference=reference,
         digest=str(image.manifest_descriptor.digest),
@@ -111,7 +118,9 @@ def make_result(
         platform=str(image.platform),
         config=str(image.manifest.config.digest),
         chain_id=str(image.chain_id),
-        layers=tuple(_layer_result(plan, outcomes, index) for index in range(len(plan.layers))),
+        layers=tuple(
+            _layer_result(plan, outcomes, unpacked, index) for index in range(len(plan.layers))
+        ),
         fetched_bytes=sum(
             outcomes[step.id].fetched_bytes for step in plan.steps if step.kind == "fetch"
         ),
@@ -122,7 +131,9 @@ def make_result(
     )
 
 
-def _layer_result(plan: Plan, outcomes: dict[str, Outcome], index: int) -> LayerResult:
+def _layer_result(
+    plan: Plan, outcomes: dict[str, Outcome], unpacked: Mapping[Digest, int], index: int
+) -> LayerResult:
     layer = plan.layers[index]
     fetch = outcomes.get(f"fetch:{layer.descriptor.digest}")
     stage = outcomes.get(stage_id(layer.diff_id, layer.descriptor.digest))
@@ -132,7 +143,7 @@ def _layer_result(plan: Plan, outcomes: dict[str, Outcome], index: int) -> Layer
         diff_id=str(layer.diff_id),
         chain_id=str(layer.chain_id),
         size=layer.descriptor.size,
-        unpacked_size=stage.unpacked_size if stage else 0,
+        unpacked_size=stage.unpacked_size if stage else unpacked.get(layer.chain_id, 0),
         source=fetch.source if fetch else "store",
         fetched_bytes=fetch.fetched_bytes if fetch else 0,
         fetch_seconds=fetch.seconds if fetch else 0.0,
