@@ -14,7 +14,9 @@ def main() -> None:
     """Run the command line and exit with the status that contract and errors give."""
     gc.set_threshold(GC_THRESHOLD)
     from stowray.cli.app import run
+    from stowray.cli.streams import prepare
 
+    prepare()
     leave(run(sys.argv[1:]))
 
 

@@ -18,7 +18,8 @@ import click
 from stowray import __version__
 from stowray.cli.context import COMPLETION, Context, common_options
 from stowray.cli.help import write_commands
-from stowray.pipeline.errors import StowrayError, describe
+from stowray.cli.streams import AnswerError
+from stowray.pipeline.errors import StowrayError, UsageError, describe, escape
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -153,17 +154,29 @@ def run(arguments: list[str]) -> int:
         return 0
     except StowrayError as error:
         return fail(error, context.obj if context is not None else None)
+    except FileNotFoundError:
+        if _has_working_directory():
+            raise
+        return fail(UsageError("working directory", "it was removed: change to another one"), None)
+
+
+def _has_working_directory() -> bool:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def fail(error: StowrayError, context: Context | None, reference: str | None = None) -> int:
     """Tell the user of an error, as the result line of ``--json`` too, and return its status."""
-    if context is not None and context.json:
+    if context is not None and context.json and not isinstance(error, AnswerError):
         line: dict[str, object] = {"error": describe(error)}
         if reference is not None:
             line = {"reference": reference, **line}
         print(json.dumps(line))  # noqa: T201
     prefix = f"{reference}: " if reference is not None and reference not in str(error) else ""
-    print(f"stowray: {prefix}{error}", file=sys.stderr)  # noqa: T201
+    print(f"stowray: {escape(f'{prefix}{error}')}", file=sys.stderr)  # noqa: T201
     return error.exit_code
 
 

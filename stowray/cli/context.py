@@ -123,7 +123,7 @@ class Context:
         from stowray.pipeline.store import Store
 
         path = self.store_path()
-        if not create and not path.exists():
+        if not create and not os.path.lexists(path) and _can_be_seen(path):
             raise NotFoundError("a store", f"{path} (pull an image first, or give --store)")
         return Store.open(path, create=create)
 
@@ -134,7 +134,20 @@ class Context:
         return make_engine(self.settings, progress=progress, fork_workers=fork_workers)
 
 
-def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.Command]:
+def _can_be_seen(path: Path) -> bool:
+    """Return whether this user may know that nothing is at ``path``."""
+    try:
+        path.lstat()
+    except PermissionError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def command(
+    name: str, *, cls: type[HelpfulCommand] = HelpfulCommand, **settings: Any
+) -> Callable[[Callable[..., Any]], click.Command]:
     """Make a click command with the common options whose function takes a Context first."""
 
     def decorate(function: Callable[..., Any]) -> click.Command:
@@ -150,7 +163,7 @@ def command(name: str, **settings: Any) -> Callable[[Callable[..., Any]], click.
 
         invoke.__doc__ = function.__doc__
         invoke.__click_params__ = getattr(function, "__click_params__", [])  # type: ignore[attr-defined]
-        made = click.command(name, HelpfulCommand, **settings)(common_options(invoke))
+        made = click.command(name, cls, **settings)(common_options(invoke))
         made.common = names
         if COMPLETION in os.environ:
             from stowray.cli.complete import completed

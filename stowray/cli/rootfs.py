@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stowray.cli.streams import answering
 from stowray.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ _SHOWN = 5
 
 def prepare(destination: str, form: str) -> None:
     """Raise before anything is pulled if ``destination`` cannot take the result."""
+    if not destination:
+        raise UsageError("DEST", "is empty: name a directory or a file")
     if destination == "-":
         if form != "tar":
             raise UsageError(destination, "only --format tar can go to stdout")
@@ -55,7 +58,8 @@ def write(
 
     if destination == "-":
         sys.stdout.flush()
-        written = write_stream(store, chain_id, sys.stdout.fileno())
+        with answering():
+            written = write_stream(store, chain_id, sys.stdout.fileno())
     else:
         written = write_file(store, chain_id, target, form)  # type: ignore[arg-type]
     _tell(context, list(written.skipped))

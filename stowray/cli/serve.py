@@ -42,7 +42,7 @@ def serve_command(context: Context, listen: str) -> int:
 
     host, port = parse_listen(listen)
     # A mirror may be there before the first image is; a store on a read-only disk can be served.
-    store = context.open_store(create=not context.store_path().exists())
+    store = context.open_store(create=not os.path.lexists(context.store_path()))
     asked: list[int] = []
     server = BlobServer(
         store, host=host, port=port, report=_tell if context.value("verbose") else None

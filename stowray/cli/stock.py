@@ -13,6 +13,8 @@ from stowray.pipeline.errors import NotFoundError, StowrayError, UsageError
 from stowray.text import age_text, size_text
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from stowray.cli.context import Context
     from stowray.pipeline.records import ReferenceRecord
     from stowray.pipeline.snapshot import Snapshots
@@ -94,6 +96,28 @@ def _find(context: Context, store: Store, text: str) -> ReferenceRecord:
 @click.argument("reference", metavar="REF")
 def inspect_command(context: Context, reference: str) -> int:
     """Show what the store knows of REF: layers, chain IDs, the blob of each, sizes, durability."""
+    from stowray.cli.app import fail
+
+    try:
+        answer = _inspected(context, reference)
+    except StowrayError as error:
+        return fail(error, context, reference)
+    if context.json:
+        _say(json.dumps(answer))
+        return 0
+    _say(f"{answer['reference']} ({answer['platform']})")
+    for name in ("digest", "resolved", "config", "chain_id"):
+        _say(f"  {name:<9} {answer[name]}")
+    for row in answer["layers"]:
+        state = "unpacked" if row["snapshot"] else ("blob" if row["present"] else "missing")
+        _say(f"  layer     {row['digest']}  {size_text(row['size'] or 0):>10}  {state}")
+        _say(f"            diff  {row['diff_id']}")
+        _say(f"            chain {row['chain_id']}")
+    return 0
+
+
+def _inspected(context: Context, reference: str) -> dict[str, Any]:
+    """Return what the store knows of an image as plain data."""
     from stowray.pipeline.image import CONFIG_LIMIT, chain_ids, parse_config
     from stowray.pipeline.snapshot import Snapshots
 
@@ -106,7 +130,7 @@ def inspect_command(context: Context, reference: str) -> int:
         _layer_row(store, snapshots, digest, diff_id, chain_id)
         for digest, diff_id, chain_id in zip(record.layers, config.diff_ids, chain, strict=True)
     ]
-    answer = {
+    return {
         **_image_row(store, record),
         "config": str(record.config),
         "media_type": record.manifest_media_type,
@@ -115,18 +139,6 @@ def inspect_command(context: Context, reference: str) -> int:
             row["chain_id"]: row["snapshot"]["blob"] for row in layers if row["snapshot"]
         },
     }
-    if context.json:
-        _say(json.dumps(answer))
-        return 0
-    _say(f"{record.reference} ({record.platform})")
-    for name in ("digest", "resolved", "config", "chain_id"):
-        _say(f"  {name:<9} {answer[name]}")
-    for row in layers:
-        state = "unpacked" if row["snapshot"] else ("blob" if row["present"] else "missing")
-        _say(f"  layer     {row['digest']}  {size_text(row['size'] or 0):>10}  {state}")
-        _say(f"            diff  {row['diff_id']}")
-        _say(f"            chain {row['chain_id']}")
-    return 0
 
 
 def _layer_row(
@@ -157,28 +169,19 @@ def _layer_row(
 @click.argument("references", metavar="REF...", nargs=-1, required=True)
 def rm_command(context: Context, references: tuple[str, ...]) -> int:
     """Remove references; `gc` then frees what nothing else needs. Running pulls are not harmed."""
-    from stowray.cli.app import fail
     from stowray.pipeline.collect import remove
     from stowray.pipeline.source import parse_source
 
     store = context.open_store()
     platform = context.settings.resolve.platform or None
-    statuses = []
-    for text in references:
-        try:
-            canonical = parse_source(text).canonical
-            if not remove(store, canonical, platform):
-                raise NotFoundError(canonical, str(store.path))
-        except StowrayError as error:
-            statuses.append(fail(error, context, text))
-        else:
-            statuses.append(0)
-            _say(
-                json.dumps({"reference": canonical, "removed": True}) if context.json else canonical
-            )
-    if len(references) == 1:
-        return statuses[0]
-    return 1 if any(statuses) else 0
+
+    def take_out(text: str) -> dict[str, Any]:
+        canonical = parse_source(text).canonical
+        if not remove(store, canonical, platform):
+            raise NotFoundError(canonical, str(store.path))
+        return {"reference": canonical, "removed": True}
+
+    return _each(context, references, take_out)
 
 
 @command("gc", short_help="Remove what no reference needs.")
@@ -212,9 +215,12 @@ def _size(text: str | None) -> int | None:
     powers = {"": 0, "b": 0, "k": 1, "m": 2, "g": 3, "t": 4}
     key = unit.strip().lower().removesuffix("ib").removesuffix("b")
     try:
-        return int(float(number) * 1024 ** powers[key])
-    except (ValueError, KeyError) as error:
+        size = int(float(number) * 1024 ** powers[key])
+    except (ValueError, KeyError, OverflowError) as error:
         raise UsageError(text, "not a size; write 10G, 500MiB or a number of bytes") from error
+    if size < 0:
+        raise UsageError(text, "a size must not be negative")
+    return size
 
 
 def _pin(context: Context, references: tuple[str, ...], *, pinned: bool) -> int:
@@ -222,11 +228,33 @@ def _pin(context: Context, references: tuple[str, ...], *, pinned: bool) -> int:
 
     store = context.open_store()
     platform = context.settings.resolve.platform or None
-    for text in references:
+
+    def pin(text: str) -> dict[str, Any]:
         record = _find(context, store, text)
         pin_reference(store, record.reference, platform, pinned=pinned)
-        _say(record.reference)
-    return 0
+        return {"reference": record.reference, "pinned": pinned}
+
+    return _each(context, references, pin)
+
+
+def _each(
+    context: Context, references: tuple[str, ...], act: Callable[[str], dict[str, Any]]
+) -> int:
+    """Do ``act`` for each reference, answer for each in order, and return the exit status."""
+    from stowray.cli.app import fail
+
+    statuses = []
+    for text in references:
+        try:
+            answer = act(text)
+        except StowrayError as error:
+            statuses.append(fail(error, context, text))
+        else:
+            statuses.append(0)
+            _say(json.dumps(answer) if context.json else answer["reference"])
+    if len(references) == 1:
+        return statuses[0]
+    return 1 if any(statuses) else 0
 
 
 @command("pin", short_help="Keep an image from being collected.")

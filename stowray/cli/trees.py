@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stowray.cli.context import command
+from stowray.cli.help import HelpfulCommand
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -155,17 +156,28 @@ def umount_command(context: Context, directory: str) -> int:
     return 0
 
 
+class _CommandAfterDashes(HelpfulCommand):
+    """A command that leaves what comes after the first ``--`` as it is: another command's words."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse what comes before, and keep the rest for the function."""
+        place = args.index("--") if "--" in args else len(args)
+        ctx.meta[_WORDS] = tuple(args[place + 1 :])
+        return super().parse_args(ctx, args[:place])
+
+
+_WORDS = "stowray.words"
+
+
 @command(
     "unshare",
+    cls=_CommandAfterDashes,
     short_help="Run a command beside an image's mount in own namespaces.",
-    context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False},
 )
-@click.argument("arguments", metavar="[REF DIR] -- COMMAND...", nargs=-1, required=True)
+@click.argument("mounts", metavar="[REF DIR] -- COMMAND...", nargs=-1)
 @_OFFLINE
 @_POLICY
-def unshare_command(
-    context: Context, arguments: tuple[str, ...], offline: bool, policy: str
-) -> int:
+def unshare_command(context: Context, mounts: tuple[str, ...], offline: bool, policy: str) -> int:
     """Run COMMAND in a user and mount namespace of its own, with REF mounted at DIR.
 
     Works as a plain user; the mount ends with COMMAND, whose exit status is returned.
@@ -173,11 +185,7 @@ def unshare_command(
     from stowray.pipeline.errors import UsageError
     from stowray.pipeline.unshare import run_unshared
 
-    if "--" in arguments:
-        place = arguments.index("--")
-        mounts, words = arguments[:place], arguments[place + 1 :]
-    else:
-        mounts, words = (), arguments
+    words: tuple[str, ...] = click.get_current_context().meta[_WORDS]
     if len(mounts) not in (0, 2) or not words:
         raise UsageError("unshare", "give REF DIR -- COMMAND..., or just -- COMMAND...")
     if not mounts:

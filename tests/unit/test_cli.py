@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stowray.cli.app import COMMANDS, run
+from tests.support.plain_user import run_plain
 from tests.support.registry import FakeRegistry, Fault
 from tests.support.small import small_tar
 
@@ -137,6 +138,15 @@ def test_a_failed_pull_has_its_class_and_status(
         ["pull", "a", "--progress", "loud"],
         ["pull", "a", "--config", "/does/not/exist"],
         ["gc", "--max-size", "many"],
+        ["gc", "--max-size=-1"],
+        ["gc", "--min-free", "1e400"],
+        ["pull", "a", "--plain-http", "http://a"],
+        ["pull", "oci:\udce9"],
+        ["rootfs", "a", ""],
+        ["unshare"],
+        ["unshare", "id"],
+        ["unshare", "a", "b", "ls"],
+        ["unshare", "a", "b", "--"],
     ],
     ids=" ".join,
 )
@@ -297,3 +307,88 @@ def test_rootfs_answers_with_what_it_made(cli: Cli, registry: FakeRegistry, tmp_
     answer = cli.json("rootfs", "--format", "tar", reference, str(tmp_path / "tree.tar"), "-q")
     assert answer["path"] == str(tmp_path / "tree.tar")
     assert (answer["format"], answer["skipped"], answer["size"]) == ("tar", [], 2)
+
+
+def test_what_follows_the_first_dashes_is_the_commands_own(tmp_path: Path, capfd) -> None:
+    assert run(["--store", str(tmp_path), "unshare", "--", "echo", "a", "--", "--json"]) == 0
+    assert capfd.readouterr().out == "a -- --json\n"
+
+
+def test_references_that_are_pinned_answer_one_by_one(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    name = f"{registry.host}/a/b:1"
+    cli.json("pull", name)
+    status, out, _ = cli("--json", "pin", f"{registry.host}/none:1", name)
+    assert status == 1
+    failed, pinned = map(json.loads, out.splitlines())
+    assert failed["error"]["type"] == "NotFoundError"
+    assert pinned == {"reference": name, "pinned": True}
+    assert cli.json("images")["pinned"]
+    assert cli.json("unpin", name) == {"reference": name, "pinned": False}
+
+
+def test_a_failed_look_names_its_reference(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    cli.json("pull", f"{registry.host}/a/b:1")
+    status, out, _ = cli("--json", "inspect", "none")
+    assert status == 3
+    assert json.loads(out)["reference"] == "none"
+
+
+def test_layers_that_are_here_keep_their_unpacked_size(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    name = f"{registry.host}/a/b:1"
+    first, second = cli.json("pull", name), cli.json("pull", name)
+    assert second["fetched_bytes"] == 0
+    assert [layer["unpacked_size"] for layer in first["layers"]] == [1, 1]
+    assert [layer["unpacked_size"] for layer in second["layers"]] == [1, 1]
+
+
+def test_a_store_that_may_not_be_looked_at(tmp_path: Path) -> None:
+    closed = tmp_path / "closed"
+    closed.mkdir(mode=0)
+    code = """
+import sys
+import click.shell_completion, stowray.cli.app, stowray.cli.stock, stowray.pipeline.settings
+become_plain()
+print(stowray.cli.app.run(["--store", sys.argv[1], "images"]))
+"""
+    assert run_plain(code, closed / "store") == "7\n"
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["pull", "--json", "Bad!"], ["reference", "a"]], ids=" ".join
+)
+def test_an_answer_that_cannot_be_written_is_an_error(words: list[str]) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "stowray", *words],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+            timeout=60,
+        )
+    assert done.returncode == 7, done.stderr
+    assert b"the answer cannot be written" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_closed_streams_are_none_of_the_stores_files(
+    tmp_path: Path, registry: FakeRegistry
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    store = tmp_path / "store"
+    words = f"-m stowray --engine local --store {store} pull {registry.host}/a/b:1"
+    script = f"exec {sys.executable} {words} <&- >&- 2>&-"
+    done = subprocess.run(["sh", "-c", script], check=False, timeout=60, cwd=tmp_path)
+    assert done.returncode == 0
+    assert run(["--store", str(store), "verify", "--deep"]) == 0
+
+
+def test_a_working_directory_that_is_gone_is_named(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    script = f"cd {gone} && rmdir {gone} && exec {sys.executable} -m stowray --store s images"
+    done = subprocess.run(["sh", "-c", script], capture_output=True, check=False, timeout=60)
+    assert done.returncode == 2
+    assert b"working directory" in done.stderr
