@@ -68,6 +68,15 @@ class Driver:
             },
         )
 
+    def send(self, number: signal.Signals) -> None:
+        """Send the program a signal, also where another one stands between (nsenter)."""
+        pid = self.process.pid
+        while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            if b"nsenter" not in Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")[0]:
+                break
+            pid = int(children[0])
+        os.kill(pid, number)
+
     def line(self) -> dict[str, Any]:
         """Return the next change of the report; the last line is the report itself."""
         assert self.process.stdout is not None
@@ -77,7 +86,7 @@ class Driver:
         return found
 
     def cancel(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
+        self.send(signal.SIGTERM)
 
     def finish(self) -> tuple[int, dict[str, Any]]:
         """Wait for the end; return the exit status and what was said last."""
@@ -87,7 +96,7 @@ class Driver:
 
     def end(self) -> None:
         if self.process.poll() is None:
-            self.process.kill()
+            self.send(signal.SIGKILL)
         self.process.wait()
         assert self.process.stdout is not None
         self.process.stdout.close()

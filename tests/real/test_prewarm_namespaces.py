@@ -6,6 +6,7 @@ Ray is told here to be patient: what is seen is that the run itself misses a mac
 from __future__ import annotations
 
 import json
+import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -134,3 +135,70 @@ def test_a_machine_that_is_cut_off_is_told_and_not_waited_for(
     assert had > 256 * 1024
     assert site.source.blob_bytes == given, "what nodes have comes from nodes"
     assert report["peer_bytes"] < 12 * MIB, "what was there came again"
+
+
+def test_a_machine_that_comes_back_in_time_is_taken_in_again(
+    site: Site,
+    drive: Callable[..., Driver],
+    workspace: Path,
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    reference = site.add_image("back", 12 * MIB)
+    site.source.hold_after(8 * MIB)
+    driver = drive(reference, changes=True)
+    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NAMES))
+    site.net.cut("m2")
+    wait_for(driver, "m2", "dead")
+    site.net.heal("m2")
+    wait_for(driver, "m2", "working")
+    site.source.hold_after(None)
+    code, report = driver.finish()
+    assert code == 0, report
+    assert states(report) == dict.fromkeys(NAMES, "ready")
+
+
+def test_a_short_cut_is_not_even_noticed(
+    site: Site,
+    drive: Callable[..., Driver],
+    workspace: Path,
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    reference = site.add_image("short", 6 * MIB)
+    site.source.throttle(MIB)
+    driver = drive(reference, changes=True)
+    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NAMES))
+    site.net.cut("m3")
+    until(lambda: any((workspace / name / "snapshots").is_dir() for name in NAMES))
+    site.net.heal("m3")
+    code, report = driver.finish()
+    assert code == 0, report
+    assert states(report) == dict.fromkeys(NAMES, "ready")
+
+
+def ours(site: Site, name: str) -> list[str]:
+    """Return the processes of our actors on a machine."""
+    told = site.net[name].run(["ps", "-eo", "args"]).stdout
+    return [line for line in told.splitlines() if line.startswith("ray::") and "Actor" in line]
+
+
+def test_actors_whose_driver_is_cut_off_and_dies_end_by_themselves(
+    site: Site,
+    drive: Callable[..., Driver],
+    workspace: Path,
+    until: Callable[[Callable[[], bool]], None],
+) -> None:
+    reference = site.add_image("alone", 12 * MIB)
+    site.source.hold_after(8 * MIB)
+    driver = drive(reference)
+    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NAMES))
+    assert all(ours(site, name) for name in NAMES)
+    # Neither the driver nor Ray's head, on the same machine, can end them now.
+    site.net.cut("m0")
+    driver.send(signal.SIGKILL)
+    until(lambda: not any(ours(site, name) for name in NAMES))
+    site.net.heal("m0")
+    site.source.hold_after(None)
+    given = site.source.blob_bytes
+    code, report = drive(reference).finish()
+    assert code == 0, report
+    assert site.source.blob_bytes - given < 8 * MIB, "what was there came again"
