@@ -83,7 +83,10 @@ class DocumentRequests:
         answer = self._request("HEAD", endpoint, f"manifests/{_tag(endpoint, reference)}", question)
         response = answer.response
         response.finish()
-        if response.status == 404:
+        wants_pause = response.status == 429 or (
+            response.status == 503 and response.header("Retry-After") is not None
+        )
+        if response.status == 404 or wants_pause:
             raise to_error(answer.refusal(), **about(endpoint, reference.canonical))
         if response.status != 200:
             # 405, or a 403 whose reason only the GET's body tells; HEADs have no bodies.

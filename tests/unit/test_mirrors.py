@@ -247,6 +247,17 @@ def test_a_mirror_that_wants_a_pause_is_not_waited_for(bench: Bench) -> None:
     assert mirror.count("/manifests/") == 0
 
 
+@pytest.mark.parametrize("status", [429, 503])
+def test_a_mirror_that_wants_a_pause_is_not_asked_for_its_reason(bench: Bench, status: int) -> None:
+    mirror = bench.serve()
+    bench.mirrors(mirror)
+    fault = Fault(status=status, headers=(("Retry-After", "3600"),))
+    mirror.fault("/v2/", fault, repeat=True)
+    assert bench.resolve() == MANIFEST
+    assert bench.fetch().source == bench.home.host
+    assert mirror.count() == 1
+
+
 def test_a_mirror_s_pause_is_waited_for_when_nobody_else_is_there(bench: Bench) -> None:
     mirror = bench.serve()
     bench.mirrors(mirror)
