@@ -98,13 +98,14 @@ class LayerTasks:
         diff_id = Digest(arguments["diff_id"])
         limits = LayerLimits(**{name: v for name, v in arguments["limits"].items() if v})
         consumed = 0
+        proven: Digest | None = None
         # Set when the stage has failed: the rest of the blob may be long in coming.
         interrupted = threading.Event()
 
         @contextmanager
         def open_read() -> Iterator[Callable[[], bytes]]:
-            nonlocal consumed
-            consumed = 0
+            nonlocal consumed, proven
+            consumed, proven = 0, None
             interrupted.clear()
             with store.follow(
                 digest,
@@ -121,13 +122,22 @@ class LayerTasks:
                     return data
 
                 yield read
+                if follower.proven and follower.offset == size:
+                    proven = digest
 
         if operation == "stage":
+            below = arguments.get("parent")
             staged = snapshots.stage(
-                diff_id, open_read, limits=limits, cancelled=cancelled, interrupt=interrupted.set
+                diff_id,
+                open_read,
+                parent=Digest(below) if below else None,
+                limits=limits,
+                cancelled=cancelled,
+                interrupt=interrupted.set,
+                proven=lambda: proven,
             )
             existed, unpacked = staged.existed, staged.unpacked_size
-            if existed and not snapshots.knows(diff_id, digest):
+            if existed and staged.blob != digest and not snapshots.knows(diff_id, digest):
                 prove_diff_id(open_read, diff_id, digest, limits, cancelled)
         elif operation == "commit":
             parent = arguments["parent"]
@@ -140,6 +150,7 @@ class LayerTasks:
                 limits=limits,
                 cancelled=cancelled,
                 interrupt=interrupted.set,
+                proven=lambda: proven,
             )
             existed, unpacked = False, snapshot.unpacked_size
         else:

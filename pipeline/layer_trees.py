@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +37,11 @@ _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 @dataclass(frozen=True, slots=True)
 class LayerRecord:
-    """What is known of a finished tree; ``notes`` is what only its parent chain can settle."""
+    """What is known of a finished tree; ``notes`` is what only its parent chain can settle.
+
+    ``shared`` when some chain uses the tree as it is in spite of its notes: it must not be changed
+    any more. ``blob`` is the one it was staged from, if that was proven by then.
+    """
 
     diff_id: Digest
     parent: Digest | None
@@ -45,9 +50,11 @@ class LayerRecord:
     entries: int
     notes: dict[str, Any]
     warnings: tuple[str, ...] = ()
+    shared: bool = False
+    blob: Digest | None = None
 
     @classmethod
-    def of(cls, staged: Staged, parent: Digest | None) -> LayerRecord:
+    def of(cls, staged: Staged, parent: Digest | None, blob: Digest | None = None) -> LayerRecord:
         """Return the record of a layer that was just staged: alone, or above ``parent``."""
         return cls(
             diff_id=staged.diff_id,
@@ -57,6 +64,7 @@ class LayerRecord:
             entries=staged.entries,
             notes=staged.notes,
             warnings=staged.warnings[:_MOST_WARNINGS],
+            blob=blob,
         )
 
     def staged(self) -> Staged:
@@ -82,6 +90,8 @@ class LayerRecord:
             "entries": self.entries,
             "notes": self.notes,
             "warnings": list(self.warnings),
+            "shared": self.shared,
+            "blob": self.blob,
         }
 
     @classmethod
@@ -90,7 +100,7 @@ class LayerRecord:
         if payload.get("version") != _VERSION:
             return None
         try:
-            parent = payload["parent"]
+            parent, blob = payload["parent"], payload.get("blob")
             return cls(
                 diff_id=Digest(str(payload["diff_id"])),
                 parent=None if parent is None else Digest(str(parent)),
@@ -99,6 +109,8 @@ class LayerRecord:
                 entries=int(payload["entries"]),
                 notes=dict(payload["notes"]),
                 warnings=tuple(map(str, payload["warnings"])),
+                shared=bool(payload.get("shared")),
+                blob=None if blob is None else Digest(str(blob)),
             )
         except (KeyError, TypeError, ValueError, InvalidDigestError):
             return None
@@ -218,6 +230,18 @@ class LayerTrees:
             return
         workspace.published = True
         failpoint("layer-after-rename")
+
+    def share(self, name: str, record: LayerRecord) -> LayerRecord:
+        """Note that a chain uses the tree ``name`` as it is; return its record as it is then."""
+        path = self.directory / name / "layer.json"
+        known = read_record(path, self._store.trust)
+        if known is None:
+            raise StorageError(str(path), "was removed by another program")
+        shared = replace(record, shared=True)
+        # Of when the tree was complete, which this does not change.
+        write_record(path, shared.payload(), known.stamp)
+        failpoint("layer-shared")
+        return shared
 
     def drop(self, name: str) -> None:
         """Remove a tree; out of sight at once, whatever happens during the removal."""

@@ -152,6 +152,7 @@ def _unpack_steps(layers: tuple[LayerPlan, ...], fetches: dict[Digest, Step]) ->
     below: str | None = None
     for layer in layers:
         fetch = fetches.get(layer.descriptor.digest)
+        onto = parent
         if layer.committed:
             parent = layer.chain_id
             if fetch is None:
@@ -166,6 +167,8 @@ def _unpack_steps(layers: tuple[LayerPlan, ...], fetches: dict[Digest, Step]) ->
                 descriptor=layer.descriptor,
                 follows=fetch.id if fetch else None,
                 diff_id=layer.diff_id,
+                # Where the tree goes first: it may be there, settled onto that, already.
+                parent=onto,
             ),
         )
         if layer.committed:

@@ -49,6 +49,21 @@ def settle(tree: Path, staged: Staged, below: ChainView) -> bool:
     return True
 
 
+def fits(tree: Path, staged: Staged, below: ChainView) -> bool:
+    """Return whether :func:`settle` would find nothing to change in ``tree``."""
+    if staged.notes.get(BELOW):
+        return False
+    names = list(read_names(staged.notes))
+    with translated(tree, "look below a layer"):
+        nodes = _find(names, below)
+    if nodes is None:
+        return False
+    return all(
+        kind not in (IMPLIED_DIRECTORY, WHITEOUTS) or (node is None and kind != WHITEOUTS)
+        for (_, _, kind), node in zip(names, nodes, strict=True)
+    )
+
+
 def _find(names: list[Name], below: ChainView) -> list[Node | None] | None:
     """Return the directory below of each name, if there is one; None if a symlink is in the way."""
     nodes: list[Node | None] = []

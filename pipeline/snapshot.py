@@ -6,8 +6,11 @@ what in it depends on the layers below is settled here, in chain order, before t
 visible. A record or tree that the trust rule does not cover counts as absent and is made anew.
 
 The same tree serves every chain that holds its diff ID as long as nothing in it depends on its
-parent. When one tree appears twice in a chain only the topmost is mounted, for the kernel refuses a
-lower directory twice. Nothing is lost by it: the lower one could show or hide a path only if the
+parent, or what depends on it comes out as the tree has it already; then it is never changed again,
+and other chains get trees of their own.
+
+When one tree appears twice in a chain only the topmost is mounted, for the kernel refuses a lower
+directory twice. Nothing is lost by it: the lower one could show or hide a path only if the
 look-up passed the upper one, that is, where the upper one (being equal) has neither the name nor a
 whiteout, file or opaque directory on the way to it; there the lower one has nothing either.
 """
@@ -23,7 +26,6 @@ from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import (
     DigestMismatchError,
     InvalidDigestError,
-    NodeError,
     NotFoundError,
     StorageError,
 )
@@ -37,6 +39,7 @@ from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from stowray.pipeline.limits import LayerLimits
@@ -47,8 +50,6 @@ if TYPE_CHECKING:
 _VERSION = 1
 # How long one waits for another process to stage the same layer before giving up.
 WAIT_SECONDS = 3600.0
-# Trees that other chains took first.
-TRIES = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +105,10 @@ class Snapshot:
 
 @dataclass(frozen=True, slots=True)
 class StageOutcome:
-    """What staging one layer came to; ``existed`` when its tree was there already."""
+    """What staging one layer came to; ``existed`` when its tree was there already.
+
+    ``blob`` is the one that the tree is proven to come from, if that is known.
+    """
 
     existed: bool
     tar_size: int
@@ -112,6 +116,7 @@ class StageOutcome:
     entries: int
     seconds: float
     warnings: tuple[str, ...] = ()
+    blob: Digest | None = None
 
 
 def chain_id_of(parent: Digest | None, diff_id: Digest) -> Digest:
@@ -139,27 +144,28 @@ class Snapshots:
         diff_id: Digest,
         open_read: OpenRead,
         *,
+        parent: Digest | None = None,
         limits: LayerLimits = DEFAULT_LIMITS,
         report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         interrupt: Callable[[], None] | None = None,
+        proven: Callable[[], Digest | None] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> StageOutcome:
         """Make the tree of one layer alone, from its blob as ``open_read`` gives it.
 
-        Whoever stages a layer that another process is staging waits and finds its tree.
-        ``interrupt`` makes a read in flight end soon when the stage fails meanwhile. Raises
+        Whoever stages a layer that another process is staging waits and finds its tree; one that
+        was settled onto ``parent`` meanwhile will do as well. ``interrupt`` makes a read in flight
+        end soon when the stage fails meanwhile, ``proven`` tells which blob was read. Raises
         DigestMismatchError, with nothing left behind, when the layer is not ``diff_id``.
         """
         started = time.monotonic()
-        name = self.trees.alone(diff_id)
-        with self._store.lock(f"stage-{name}", wait_seconds=wait_seconds, cancelled=cancelled):
-            record = self.trees.find(name)
+        source = LayerSource(open_read, limits, report, cancelled, interrupt, proven)
+        with self._stage_lock(diff_id, cancelled, wait_seconds):
+            record = self.trees.find(self.trees.settled(diff_id, parent))
             existed = record is not None
             if record is None:
-                self.trees.drop(name)
-                source = LayerSource(open_read, limits, report, cancelled, interrupt)
-                record = self._stager.stage(name, diff_id, source)
+                record, existed = self._alone(diff_id, source)
         return StageOutcome(
             existed=existed,
             tar_size=record.tar_size,
@@ -167,7 +173,25 @@ class Snapshots:
             entries=record.entries,
             seconds=time.monotonic() - started,
             warnings=record.warnings,
+            blob=record.blob,
         )
+
+    def _stage_lock(
+        self, diff_id: Digest, cancelled: Callable[[], bool] | None, wait_seconds: float
+    ) -> AbstractContextManager[None]:
+        """Keep others from making, settling or sharing the layer's tree."""
+        return self._store.lock(
+            f"stage-{self.trees.alone(diff_id)}", wait_seconds=wait_seconds, cancelled=cancelled
+        )
+
+    def _alone(self, diff_id: Digest, source: LayerSource) -> tuple[LayerRecord, bool]:
+        """Return the record of the tree staged alone, and whether it was there already."""
+        name = self.trees.alone(diff_id)
+        record = self.trees.find(name)
+        if record is not None:
+            return record, True
+        self.trees.drop(name)
+        return self._stager.stage(name, diff_id, source), False
 
     def commit(
         self,
@@ -181,6 +205,7 @@ class Snapshots:
         report: Callable[[int], None] | None = None,
         cancelled: Callable[[], bool] | None = None,
         interrupt: Callable[[], None] | None = None,
+        proven: Callable[[], Digest | None] | None = None,
         wait_seconds: float = WAIT_SECONDS,
     ) -> Snapshot:
         """Publish ``chain_id``: the layer ``diff_id`` on the committed snapshot ``parent``.
@@ -203,8 +228,8 @@ class Snapshots:
             if parent is not None:
                 # It stands on a complete chain itself, or it could not have been committed.
                 self._seen[parent] = self.get(parent)
-            source = LayerSource(open_read, limits, report, cancelled, interrupt)
-            layer, record = self._layer(diff_id, parent, source)
+            source = LayerSource(open_read, limits, report, cancelled, interrupt, proven)
+            layer, record = self._layer(diff_id, parent, source, wait_seconds)
             snapshot = Snapshot(
                 chain_id=chain_id,
                 parent=parent,
@@ -270,6 +295,13 @@ class Snapshots:
         """Return whether a snapshot was committed from ``blob`` as the layer ``diff_id``."""
         return any(snapshot.diff_id == diff_id and snapshot.blob == blob for snapshot in self.all())
 
+    def depends(self, snapshot: Snapshot) -> bool:
+        """Return whether the snapshot's tree is right only above the layers below it."""
+        if snapshot.layer != self.trees.alone(snapshot.diff_id):
+            return True
+        record = self.trees.find(snapshot.layer)
+        return record is None or bool(record.notes)
+
     def blob_mapping(self) -> dict[Digest, Digest]:
         """Return the blob digest of each snapshot by its chain ID."""
         return {snapshot.chain_id: snapshot.blob for snapshot in self.all()}
@@ -323,14 +355,13 @@ class Snapshots:
         self, snapshot: Snapshot, open_read: OpenRead, limits: LayerLimits = DEFAULT_LIMITS
     ) -> Iterator[Path]:
         """Give the snapshot's layer tree made anew from its blob, gone after the block."""
-        alone = snapshot.layer == self.trees.alone(snapshot.diff_id)
-        below = None if alone else self.lowers(snapshot.parent)
+        below = self.lowers(snapshot.parent) if self.depends(snapshot) else None
         source = LayerSource(open_read, limits)
         with self._stager.fresh(snapshot.diff_id, source, below) as tree:
             yield tree
 
     def _layer(
-        self, diff_id: Digest, parent: Digest | None, source: LayerSource
+        self, diff_id: Digest, parent: Digest | None, source: LayerSource, wait_seconds: float
     ) -> tuple[str, LayerRecord]:
         """Return name and record of a tree that equals the layer applied onto ``parent``."""
         alone, settled = self.trees.alone(diff_id), self.trees.settled(diff_id, parent)
@@ -338,30 +369,27 @@ class Snapshots:
         if record is not None:
             return settled, record
         self.trees.drop(settled)
-        for _ in range(TRIES):
-            record = self.trees.find(alone)
-            if record is None:
-                self.stage(
-                    diff_id,
-                    source.open_read,
-                    limits=source.limits,
-                    report=source.report,
-                    cancelled=source.cancelled,
-                    interrupt=source.interrupt,
-                )
-                continue
+        record = self.trees.find(alone)
+        if record is not None and not record.notes:
+            return alone, record
+        with self._stage_lock(diff_id, source.cancelled, wait_seconds):
+            record, _ = self._alone(diff_id, source)
             if not record.notes:
                 return alone, record
             below = self._lowers_below(parent)
-            with self.trees.take(alone) as taken:
-                if taken is None:
-                    # The commit of another chain was quicker: that tree is settled onto its parent.
-                    continue
-                record = self._stager.settle(*taken, settled, parent=parent, below=below)
-            if record is None:
-                record = self._stager.stage(settled, diff_id, source, parent=parent, below=below)
+            if self._stager.fits(alone, record, below):
+                if not record.shared:
+                    record = self.trees.share(alone, record)
+                return alone, record
+            if not record.shared:
+                with self.trees.take(alone) as taken:
+                    if taken is not None:
+                        done = self._stager.settle(*taken, settled, parent=parent, below=below)
+                        if done is not None:
+                            return settled, done
+            # What depends on more than attributes, or serves other chains as it is.
+            record = self._stager.stage(settled, diff_id, source, parent=parent, below=below)
             return settled, record
-        raise NodeError(f"layer {diff_id}", "other pulls keep taking its tree: try again")
 
     def _lowers_below(self, parent: Digest | None) -> list[Path]:
         """Return the lowers of the chain that a commit goes onto.

@@ -39,7 +39,8 @@ class LayerSource:
 
     ``open_read`` may be called again: a stage that must begin anew reads from the start. ``report``
     is given the bytes of the uncompressed stream so far. ``interrupt`` makes a read in flight end
-    soon, for the stage has failed.
+    soon, for the stage has failed. ``proven`` tells which blob the bytes that were read are, if
+    that is proven.
     """
 
     open_read: OpenRead
@@ -47,6 +48,7 @@ class LayerSource:
     report: Callable[[int], None] | None = None
     cancelled: Callable[[], bool] | None = None
     interrupt: Callable[[], None] | None = None
+    proven: Callable[[], Digest | None] | None = None
 
 
 class Stager:
@@ -75,13 +77,22 @@ class Stager:
             try:
                 with self._trees.workspace() as workspace:
                     staged = self._apply(workspace.tree, diff_id, source, below)
-                    record = LayerRecord.of(staged, parent)
+                    blob = None if source.proven is None else source.proven()
+                    record = LayerRecord.of(staged, parent, blob)
                     self._trees.publish(workspace, name, record)
                     return record
             except GenerationChanged:
                 # The bytes so far were wrong; what was made of them is gone with the workspace.
                 continue
         raise NodeError(f"layer {diff_id}", f"wrong bytes arrived {TRIES} times in a row")
+
+    def fits(self, name: str, record: LayerRecord, below: Sequence[Path]) -> bool:
+        """Return whether a tree that was staged alone is right above ``below`` as it is."""
+        from stowray.pipeline.overlay import ChainView
+        from stowray.pipeline.reconcile import fits
+
+        with ChainView(below, self._trees.privileged) as view:
+            return fits(self._trees.tree(name), record.staged(), view)
 
     def settle(
         self,

@@ -234,7 +234,7 @@ class _Check:
             return path.is_dir()
 
     def _depends(self, snapshot: Snapshot, layers: set[str]) -> bool:
-        if snapshot.layer == self._snapshots.trees.alone(snapshot.diff_id):
+        if not self._snapshots.depends(snapshot):
             return False
         return any(link.layer in layers for link in self._chain(snapshot.chain_id))
 

@@ -24,6 +24,7 @@ from stowray.pipeline.errors import (
     NodeError,
     NotFoundError,
     StorageError,
+    StowrayError,
 )
 from stowray.pipeline.ingest import GenerationChanged
 from stowray.pipeline.layer_tasks import LayerTasks
@@ -141,6 +142,96 @@ def test_a_dependent_tree_is_kept_for_its_parent_alone(snapshots: Snapshots) -> 
             assert view.lookup(b"d").mode == mode
     # What was settled onto one parent is never taken for the layer alone.
     assert layer.opened == 3
+
+
+def test_a_tree_with_notes_serves_every_chain_that_it_fits(snapshots: Snapshots) -> None:
+    one = archive(directory("./"), file("one", b"1"))
+    two = archive(directory("./"), file("two", b"2"))
+    layer = Layer(IMPLIED)
+    on_nothing = commit_chain(snapshots, [layer])[-1]
+    on_one = commit_chain(snapshots, [one, layer])[-1]
+    on_two = commit_chain(snapshots, [two, layer])[-1]
+    assert on_nothing.layer == on_one.layer == on_two.layer
+    assert layer.opened == 1
+    assert names(snapshots, on_two.chain_id) == {b"two": b"2", b"d": None, b"d/g": b"two"}
+
+
+def test_a_shared_tree_is_not_settled_onto_a_chain_that_it_does_not_fit(
+    snapshots: Snapshots,
+) -> None:
+    private = archive(directory("./"), directory("d", mode=0o700))
+    layer = Layer(IMPLIED)
+    on_nothing = commit_chain(snapshots, [layer])[-1]
+    on_private = commit_chain(snapshots, [private, layer])[-1]
+    assert on_nothing.layer != on_private.layer
+    for snapshot, mode in ((on_private, 0o700), (on_nothing, 0o755)):
+        with ChainView(snapshots.lowers(snapshot.chain_id), snapshots.privileged) as view:
+            assert view.lookup(b"d").mode == mode
+    assert layer.opened == 2
+    assert snapshots.depends(on_nothing)
+
+
+def test_a_whiteout_in_an_implied_directory_fits_nothing_but_is_gone(snapshots: Snapshots) -> None:
+    gone = Layer(archive(file("d/.wh.f"), file("e", b"e")))
+    on_nothing = commit_chain(snapshots, [gone])[-1]
+    assert names(snapshots, on_nothing.chain_id) == {b"e": b"e"}
+    on_whole = commit_chain(snapshots, [WHOLE, gone])[-1]
+    assert names(snapshots, on_whole.chain_id) == {b"d": None, b"e": b"e"}
+    assert on_nothing.layer != on_whole.layer
+
+
+def test_staging_finds_what_was_settled_onto_the_same_parent(snapshots: Snapshots) -> None:
+    layer = Layer(IMPLIED)
+    below, _ = commit_chain(snapshots, [WHOLE, layer])
+    opened = layer.opened
+    again = snapshots.stage(layer.diff_id, layer.open_read, parent=below.chain_id)
+    assert again.existed
+    assert layer.opened == opened
+    # Alone it is not there any more.
+    assert not snapshots.stage(layer.diff_id, layer.open_read).existed
+
+
+def test_pulls_at_the_same_time_stage_a_layer_with_notes_once(
+    snapshots: Snapshots, store: Store
+) -> None:
+    (base,) = commit_chain(snapshots, [WHOLE])
+    layer = Layer(IMPLIED)
+    chain_id = chain_id_of(base.chain_id, layer.diff_id)
+    failures: list[StowrayError] = []
+
+    def pull() -> None:
+        own = Snapshots(store)
+        try:
+            own.stage(layer.diff_id, layer.open_read, parent=base.chain_id)
+            own.commit(chain_id, base.chain_id, layer.diff_id, layer.diff_id, layer.open_read)
+        except StowrayError as error:
+            failures.append(error)
+
+    for _ in range(20):
+        layer.opened = 0
+        threads = [threading.Thread(target=pull) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        assert layer.opened == 1
+        assert snapshots.has(chain_id)
+        assert snapshots.remove(chain_id)
+
+
+def test_a_kill_after_sharing_loses_nothing(store: Store, snapshots: Snapshots) -> None:
+    layer = Layer(IMPLIED)
+    snapshots.stage(layer.diff_id, layer.open_read)
+    name = snapshots.trees.alone(layer.diff_id)
+    record = snapshots.trees.find(name)
+    assert record is not None
+    # What a commit does before it writes its snapshot.
+    snapshots.trees.share(name, record)
+    assert commit_chain(snapshots, [layer])[-1].layer == name
+    on_whole = commit_chain(snapshots, [WHOLE, layer])[-1]
+    assert on_whole.layer != name
+    assert names(snapshots, on_whole.chain_id) == {b"d": None, b"d/f": b"one", b"d/g": b"two"}
 
 
 def test_a_tree_taken_by_another_chain_is_staged_again(snapshots: Snapshots) -> None:
