@@ -10,12 +10,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tests.support.ray_cluster import command_of
 from tests.support.tars import archive, directory, file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
     from typing import Protocol
 
+    from tests.support.origin import Origin
+    from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
 
     class Cluster(Protocol):
@@ -30,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0
+OURS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
 
 
 class Driver:
@@ -124,3 +128,33 @@ def statuses(report: Mapping[str, Any]) -> dict[str, set[str]]:
     for cell in report["cells"]:
         found.setdefault(cell["node"], set()).add(cell["status"])
     return found
+
+
+def ours(cluster: RayCluster, node: str, *kinds: str) -> list[int]:
+    """Return the processes of our actors on a node."""
+    return [
+        pid
+        for pid in cluster.processes(node)["workers"]
+        if any(kind in command_of(pid) for kind in kinds or OURS)
+    ]
+
+
+def add_held(registry: FakeRegistry, source: Origin, size: int = 3 << 20) -> tuple[str, str]:
+    """Add an image whose one layer the origin gives two thirds of until it is let go on.
+
+    Returns its reference and its blob's path.
+    """
+    reference = add_image(registry, "held", size).replace(registry.host, source.host)
+    (blob,) = [digest for digest, data in registry.blobs.items() if len(data) > size // 2]
+    source.hold_after(size * 2 // 3)
+    return reference, f"/blobs/{blob}"
+
+
+def arrived(folder: Path, node: str) -> int:
+    """Return how many bytes of unfinished blobs a node's store holds."""
+    found = (folder / node / "ingest").rglob("data*")
+    return sum(path.stat().st_blocks * 512 for path in found if path.is_file())
+
+
+def is_gone(cluster: RayCluster) -> bool:
+    return not any(ours(cluster, name) for name in cluster.names)

@@ -8,9 +8,17 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.cluster.prewarm import Driver, add_image, states, statuses
+from tests.cluster.prewarm import (
+    Driver,
+    add_held,
+    add_image,
+    arrived,
+    is_gone,
+    ours,
+    states,
+    statuses,
+)
 from tests.support.origin import Origin, origin
-from tests.support.ray_cluster import command_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -20,7 +28,6 @@ if TYPE_CHECKING:
     from tests.support.registry import FakeRegistry
 
 NODES = {"n0", "n1", "n2", "n3"}
-OURS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
 FINDER = """
 import importlib.util, sys
 class Finder:
@@ -30,36 +37,6 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 Until = "Callable[[Callable[[], bool]], None]"
-
-
-def ours(cluster: RayCluster, node: str, *kinds: str) -> list[int]:
-    """Return the processes of our actors on a node."""
-    return [
-        pid
-        for pid in cluster.processes(node)["workers"]
-        if any(kind in command_of(pid) for kind in kinds or OURS)
-    ]
-
-
-def add_held(registry: FakeRegistry, source: Origin, size: int = 3 << 20) -> tuple[str, str]:
-    """Add an image whose one layer the origin gives two thirds of until it is let go on.
-
-    Returns its reference and its blob's path.
-    """
-    reference = add_image(registry, "held", size).replace(registry.host, source.host)
-    (blob,) = [digest for digest, data in registry.blobs.items() if len(data) > size // 2]
-    source.hold_after(size * 2 // 3)
-    return reference, f"/blobs/{blob}"
-
-
-def arrived(folder: Path, node: str) -> int:
-    """Return how many bytes of unfinished blobs a node's store holds."""
-    found = (folder / node / "ingest").rglob("data*")
-    return sum(path.stat().st_blocks * 512 for path in found if path.is_file())
-
-
-def is_gone(cluster: RayCluster) -> bool:
-    return not any(ours(cluster, name) for name in cluster.names)
 
 
 @pytest.fixture
