@@ -41,6 +41,7 @@ class BlobServer:
     ``authorize`` is asked with each request's Authorization header (None without one). With
     ``allowed`` the server is one of a run: exactly the digests that it approves are served, under
     any repository's name, and a request for one that has not begun is held until it does.
+    ``metrics`` gives the text that is answered at ``/metrics``.
     """
 
     def __init__(
@@ -54,6 +55,7 @@ class BlobServer:
         clock: Clock = SYSTEM_CLOCK,
         limits: ServeLimits | None = None,
         report: Callable[[Served], None] | None = None,
+        metrics: Callable[[], str] | None = None,
     ) -> None:
         """Prepare to listen at ``host`` (a name or address) and ``port`` (0 is any free one)."""
         self._store = store
@@ -64,6 +66,7 @@ class BlobServer:
         self._clock = clock
         self._limits = limits or ServeLimits()
         self._report = report
+        self._metrics = metrics
         self._address = ""
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
@@ -148,6 +151,7 @@ class BlobServer:
                 clock=self._clock,
                 limits=self._limits,
                 report=self._report,
+                metrics=self._metrics,
             )
             await listening.begin(listener)
             ready.set()

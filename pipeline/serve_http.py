@@ -49,6 +49,7 @@ _PATH = re.compile(r"/v2/(?P<repository>.+)/(?P<kind>manifests|blobs|tags)/(?P<t
 _UNKNOWN = {"manifests": "MANIFEST_UNKNOWN", "blobs": "BLOB_UNKNOWN", "tags": "NAME_UNKNOWN"}
 # What a digest names never changes.
 _FOR_EVER = {"Cache-Control": "max-age=31536000, immutable"}
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _TAGS_LIMIT = 10_000
 _HOLD_PAUSES = (0.01, 0.05)
 
@@ -65,6 +66,7 @@ class Answers:
         clock: Clock,
         limits: ServeLimits,
         report: Callable[[Served], None] | None,
+        metrics: Callable[[], str] | None,
         lookups: ThreadPoolExecutor,
         followers: ThreadPoolExecutor,
     ) -> None:
@@ -76,6 +78,7 @@ class Answers:
         self._clock = clock
         self._limits = limits
         self._report = report
+        self._metrics = metrics
         self._lookups = lookups
         self._bodies = Bodies(store, limits, lookups, followers)
         self._held = 0
@@ -119,6 +122,9 @@ class Answers:
             raise RefusalError(405, "UNSUPPORTED", "this registry is read-only", allow)
         if request.path in ("/v2", "/v2/"):
             return json_answer({}, {})
+        if self._metrics is not None and request.path == "/metrics":
+            figures = await self._do(self._metrics)
+            return web.Response(text=figures, headers={"Content-Type": METRICS_TYPE})
         if self._peers is not None and request.path.startswith(PREFIX):
             return await self._peers.answer(request)
         match = _PATH.fullmatch(request.path)

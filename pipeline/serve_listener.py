@@ -44,6 +44,7 @@ class Listening:
         clock: Clock,
         limits: ServeLimits,
         report: Callable[[Served], None] | None,
+        metrics: Callable[[], str] | None = None,
     ) -> None:
         """Prepare answers from ``store``; see ``BlobServer``."""
         self._limits = limits
@@ -56,6 +57,7 @@ class Listening:
             clock=clock,
             limits=limits,
             report=report,
+            metrics=metrics,
             lookups=self._lookups,
             followers=self._followers,
         )
