@@ -81,6 +81,7 @@ class Settings:
     node: str = ""
     engine: str = "auto"
     address: str = ""
+    metrics: str = ""
     resolve: ResolveSettings = field(default_factory=ResolveSettings)
     registry: RegistrySettings = field(default_factory=RegistrySettings)
     unpack: UnpackSettings = field(default_factory=UnpackSettings)
@@ -139,8 +140,13 @@ _MOST = {
 _POSITIVE = frozenset({"registry.connect_timeout_seconds", "registry.stall_timeout_seconds"})
 # Paths, made absolute at once: who uses them may work in another directory.
 _PATHS = frozenset(
-    f"registry.{name}"
-    for name in ("authfile", "hosts_dir", "registries_conf", "policy_file", "ca_file")
+    {
+        "metrics",
+        *(
+            f"registry.{name}"
+            for name in ("authfile", "hosts_dir", "registries_conf", "policy_file", "ca_file")
+        ),
+    }
 )
 # What stands for the usual places of other tools.
 SYSTEM = "system"

@@ -19,7 +19,8 @@ from stowray import __version__
 from stowray.cli.context import COMPLETION, Context, common_options
 from stowray.cli.help import write_commands
 from stowray.cli.streams import AnswerError
-from stowray.pipeline.errors import StowrayError, UsageError, describe, escape
+from stowray.log import Log
+from stowray.pipeline.errors import StowrayError, UsageError, describe
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -135,6 +136,8 @@ def run(arguments: list[str]) -> int:
         return answer(cli, os.environ[COMPLETION])
     signal.signal(signal.SIGTERM, _terminate)
     context = None
+    # Click takes the words away as it reads them.
+    as_json = "--log-json" in arguments
     try:
         with cli.make_context("stowray", arguments) as context:
             result = cli.invoke(context)
@@ -143,7 +146,10 @@ def run(arguments: list[str]) -> int:
     except click.exceptions.Exit as ending:
         return ending.exit_code
     except click.ClickException as error:
-        error.show()
+        if as_json:
+            Log(as_json=True)("error", "failed", error.format_message(), type="UsageError")
+        else:
+            error.show()
         return 2
     except (KeyboardInterrupt, click.Abort):
         print("stowray: interrupted", file=sys.stderr)  # noqa: T201
@@ -176,7 +182,10 @@ def fail(error: StowrayError, context: Context | None, reference: str | None = N
             line = {"reference": reference, **line}
         print(json.dumps(line))  # noqa: T201
     prefix = f"{reference}: " if reference is not None and reference not in str(error) else ""
-    print(f"stowray: {escape(f'{prefix}{error}')}", file=sys.stderr)  # noqa: T201
+    told: dict[str, object] = {"type": type(error).__name__, "exit_code": error.exit_code}
+    if reference is not None:
+        told["reference"] = reference
+    (context or Context()).log("error", "failed", f"{prefix}{error}", **told)
     return error.exit_code
 
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
+    from stowray.log import Log
     from stowray.pipeline.engine import LocalEngine
     from stowray.pipeline.progress import Progress
     from stowray.pipeline.settings import Settings
@@ -47,6 +48,7 @@ _COMMON: tuple[Callable[[Any], Any], ...] = (
     click.option("--json", is_flag=True, default=None, help="Answer in JSON lines on stdout."),
     click.option("-q", "--quiet", is_flag=True, default=None, help="Errors only, no progress."),
     click.option("-v", "--verbose", count=True, help="Say more."),
+    click.option("--log-json", is_flag=True, default=None, help="Log on stderr as JSON lines."),
 )
 
 
@@ -78,6 +80,16 @@ class Context:
     def json(self) -> bool:
         """Return whether the answer is JSON."""
         return bool(self.value("json"))
+
+    @property
+    def log(self) -> Log:
+        """Return what says things on stderr, as loud as the options want it."""
+        from stowray.log import Log
+
+        lowest = "debug" if self.value("verbose") else "info"
+        return Log(
+            as_json=bool(self.value("log_json")), lowest="error" if self.value("quiet") else lowest
+        )
 
     @property
     def settings(self) -> Settings:

@@ -1,4 +1,4 @@
-"""What a command leaves behind besides its answer: a run record (``--record``).
+"""What a command leaves behind besides its answer: a run record, metrics, spans.
 
 Invariant: what is observed never changes how the work ends; a file that cannot be written is an
 error of its own, told after the work's answers.
@@ -6,19 +6,21 @@ error of its own, told after the work's answers.
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stowray.pipeline.errors import StowrayError, describe
+from stowray.pipeline.errors import StowrayError, UsageError, describe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from stowray.cli.context import Context
     from stowray.cli.work import Work
+    from stowray.metrics import Metrics
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run_record import Recorder, Run
 
@@ -27,18 +29,26 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that an :class:`Observer` carries out."""
+    function = click.option(
+        "--metrics", metavar="FILE", type=_FILE, help="Add up figures in FILE, for Prometheus."
+    )(function)
     return click.option(
         "--record", metavar="FILE", type=_FILE, help="Keep a run record for `stowray trace`."
     )(function)
 
 
 class Observer:
-    """Watches one command's pulls; does nothing at all unless asked for a file."""
+    """Watches one command's pulls; does nothing at all unless something was asked for."""
 
-    def __init__(self, context: Context, kind: str, *, record: Path | None) -> None:
+    def __init__(
+        self, context: Context, kind: str, *, record: Path | None, metrics: Path | None
+    ) -> None:
         self._context = context
         self._kind = kind
         self._record = record
+        named = context.settings.metrics
+        self._metrics_path = metrics or (Path(named) if named else None)
+        self._metrics: Metrics | None = None
         self._lock = threading.Lock()
         self._runs: list[Run] = []
         self._recorder: Recorder | None = None
@@ -46,7 +56,7 @@ class Observer:
     @property
     def is_needed(self) -> bool:
         """Return whether anything was asked for."""
-        return self._record is not None
+        return self._record is not None or self._metrics_path is not None or spans_wanted()
 
     def watch(self, work: Work) -> None:
         """Follow the progress of ``work`` from its beginning."""
@@ -55,6 +65,11 @@ class Observer:
 
             self._recorder = Recorder()
             work.watchers.append(self._recorder)
+        if self._metrics_path is not None:
+            from stowray.metrics import Metrics
+
+            self._metrics = Metrics()
+            work.watchers.append(self._metrics.watch)
 
     def observed(
         self, pull: Callable[[str, Callable[[], bool]], Sequence[PullResult]]
@@ -98,12 +113,29 @@ class Observer:
         recorder(work.progress.events())
         if self._record is not None:
             self._write_record(recorder, self._record)
+        if self._metrics is not None and self._metrics_path is not None:
+            self._write_metrics(self._metrics, self._metrics_path, work)
+        if spans_wanted():
+            from stowray.spans import export
 
-    def _write_record(self, recorder: Recorder, path: Path) -> None:
+            try:
+                export(self._finished(recorder), recorder.started)
+            except UsageError as error:
+                # The variables may be a whole cluster's: they must not fail its pulls.
+                self._context.log("warning", "spans", f"no spans were sent: {error}")
+
+    def _write_metrics(self, metrics: Metrics, path: Path, work: Work) -> None:
+        for run in self._runs:
+            if run.result is not None:
+                metrics.pulled(run.result)
+            if run.error is not None:
+                metrics.failed(str(run.error["type"]))
+        metrics.measure(work.engine.store)
+        metrics.write(path)
+
+    def _finished(self, recorder: Recorder) -> list[Run]:
+        """Return the runs with what was seen of each."""
         from dataclasses import replace
-
-        from stowray import __version__
-        from stowray.pipeline.run_record import RunRecord, machine
 
         runs = []
         seen: set[str] = set()
@@ -113,11 +145,27 @@ class Observer:
             spans = () if name in seen else recorder.spans(name)
             seen.add(name)
             runs.append(replace(run, reference=name, spans=spans))
+        return runs
+
+    def _write_record(self, recorder: Recorder, path: Path) -> None:
+        from stowray import __version__
+        from stowray.pipeline.run_record import RunRecord, machine
+
+        runs = self._finished(recorder)
         options = {"engine": self._context.settings.engine}
         record = RunRecord(
             self._kind, __version__, recorder.started, machine(), options, tuple(runs)
         )
         record.write(path)
+
+
+def spans_wanted() -> bool:
+    """Return whether the environment asks for spans; costs nothing where it does not."""
+    if not any(name.startswith("OTEL_") for name in os.environ):
+        return False
+    from stowray.spans import wanted
+
+    return wanted(os.environ)
 
 
 def _canonical(text: str) -> str:

@@ -42,6 +42,7 @@ def pull_command(
     sync: bool,
     offline: bool,
     record: Path | None,
+    metrics: Path | None,
 ) -> int:
     """Fetch images, verify them and unpack them into the store.
 
@@ -56,7 +57,7 @@ def pull_command(
         unpack=not (no_unpack or all_platforms),
         sync=sync,
     )
-    observer = Observer(context, "pull", record=record)
+    observer = Observer(context, "pull", record=record, metrics=metrics)
     return pull_references(context, references, options, observer, all_platforms=all_platforms)
 
 

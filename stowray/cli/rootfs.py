@@ -73,4 +73,4 @@ def _tell(context: Context, skipped: list[str]) -> None:
     more = len(skipped) - len(shown)
     names = ", ".join(shown) + (f" and {more} more (-v)" if more else "")
     why = "this user may not make them" if os.geteuid() != 0 else "they cannot be made here"
-    print(f"stowray: left out, {why}: {names}", file=sys.stderr)  # noqa: T201
+    context.log("warning", "left-out", f"left out, {why}: {names}")

@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import signal
-import sys
 from typing import TYPE_CHECKING
 
 import click
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from types import FrameType
 
     from stowray.cli.context import Context
+    from stowray.log import Log
     from stowray.pipeline.serve_limits import Served
 
 _POLL_SECONDS = 3600.0
@@ -36,26 +36,38 @@ def serve_command(context: Context, listen: str) -> int:
 
     A mirror: /v2/REPOSITORY/... answers for the registry named by ?ns= (containerd sends it), or
     for any registry that has the repository. Layers that are still being pulled are passed on as
-    they arrive. Ends with 0 on SIGTERM and with 130 on Ctrl-C.
+    they arrive. /metrics has figures for Prometheus. Ends with 0 on SIGTERM and with 130 on Ctrl-C.
     """
+    from stowray.metrics import Metrics
     from stowray.pipeline.serve import BlobServer, is_loopback_host, parse_listen
 
     host, port = parse_listen(listen)
     # A mirror may be there before the first image is; a store on a read-only disk can be served.
     store = context.open_store(create=not os.path.lexists(context.store_path()))
     asked: list[int] = []
-    server = BlobServer(
-        store, host=host, port=port, report=_tell if context.value("verbose") else None
-    )
+    log, metrics = context.log, Metrics()
+
+    def report(served: Served) -> None:
+        metrics.served(served)
+        _tell(log, served)
+
+    def figures() -> str:
+        metrics.measure(store)
+        return metrics.text()
+
+    server = BlobServer(store, host=host, port=port, report=report, metrics=figures)
     with _noting_signals(asked, server.interrupt), server:
         address = server.address
         if context.json:
             answer = {"url": server.url, "address": address, "store": str(store.path)}
             print(json.dumps(answer), flush=True)  # noqa: T201
-        if not context.value("quiet"):
-            _say(f"serving {store.path} at {server.url}")
-            if not is_loopback_host(address.rpartition(":")[0]):
-                _say("anybody who reaches this address can read every image in this store")
+        log("info", "serving", f"serving {store.path} at {server.url}", url=server.url)
+        if not is_loopback_host(address.rpartition(":")[0]):
+            log(
+                "warning",
+                "open",
+                "anybody who reaches this address can read every image in this store",
+            )
         while not asked and not server.wait(_POLL_SECONDS):
             continue
     if not asked:
@@ -84,13 +96,15 @@ def _noting_signals(asked: list[int], act: Callable[[], None]) -> Iterator[None]
             signal.signal(number, handler)
 
 
-def _tell(served: Served) -> None:
-    from stowray.pipeline.errors import escape
-
+def _tell(log: Log, served: Served) -> None:
     cut = "" if served.complete else " (cut off)"
-    line = f"{served.method} {escape(served.path)} {served.status} {served.length} B{cut}"
-    _say(f"{line} {served.seconds:.3f} s")
-
-
-def _say(line: str) -> None:
-    print(f"stowray: {line}", file=sys.stderr, flush=True)  # noqa: T201
+    log(
+        "debug",
+        "request",
+        f"{served.method} {served.path} {served.status} {served.length} B{cut} "
+        f"{served.seconds:.3f} s",
+        method=served.method,
+        status=served.status,
+        bytes=served.length,
+        seconds=round(served.seconds, 6),
+    )

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
 import threading
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import TYPE_CHECKING, Any, Self
@@ -53,9 +52,9 @@ class Work:
     def __exit__(self, *details: object) -> None:
         self.engine.close()
         self.progress.close()
-        if not self._context.value("quiet"):
-            for text in self._warnings:
-                print(f"stowray: warning: {text}", file=sys.stderr)  # noqa: T201
+        log = self._context.log
+        for text in self._warnings:
+            log("warning", "warning", text if log.as_json else f"warning: {text}")
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
@@ -69,6 +68,14 @@ class Work:
 
         for watcher in self.watchers:
             self.progress.watch(watcher)
+        log = self._context.log
+        if log.as_json:
+            from stowray.log import LogLines
+
+            if log.says("warning"):
+                self.progress.watch(LogLines(log))
+            if self._context.value("progress") is None:
+                return
         attach(
             self.progress,
             "none" if self._context.value("quiet") else self._context.value("progress", "auto"),
