@@ -256,9 +256,9 @@ class Fetcher:
                     tired = 0
                 if error.retryable:
                     # Each source once without a wait, at the byte where the last one stopped; and
-                    # one that brought much before it broke off has nothing to recover from.
+                    # one that brought something before it broke off has nothing to recover from.
                     work.origins.append(work.origins.pop(0))
-                    if gained >= work.retries.policy.progress_size:
+                    if gained >= work.retries.policy.least_progress:
                         work.retries.count += 1
                     else:
                         tired += 1

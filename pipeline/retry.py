@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 TRANSIENT_STATUSES = frozenset({408, 421, 425, 429, 499, 500, 502, 503, 504, 522})
 RETRY_AFTER_LIMIT = 60.0
 POLL_SECONDS = 0.1
+# How much of the usual wait is enough before going on with what went well until now.
+MOVING_SHARE = 0.1
 
 
 def is_transient(status: int) -> bool:
@@ -64,8 +66,8 @@ def uniform(low: float, high: float) -> float:
 class RetryPolicy:
     """How patient we are with one source; sizes in bytes.
 
-    Who brought ``progress_size`` need not be waited for before the next attempt; attempts that
-    brought ``least_progress`` together do not count as failed.
+    Who brought ``least_progress`` need not be waited for before the next attempt, and attempts that
+    brought as much together do not count as failed; ``progress_size`` is what makes one well again.
     """
 
     attempts: int = 6
@@ -88,6 +90,7 @@ class Retries:
     _row: int = 0
     _gained: int = 0
     _since: float | None = None
+    _is_moving: bool = False
 
     def progressed(self, size: int) -> None:
         """Note that an attempt brought ``size`` new bytes before it ended."""
@@ -96,6 +99,7 @@ class Retries:
         if self._gained >= self.policy.least_progress:
             self._row = self._gained = 0
             self._since = None
+            self._is_moving = True
 
     def pause(
         self,
@@ -119,6 +123,10 @@ class Retries:
         if now - self._since >= self.policy.deadline_seconds:
             raise error
         limit = min(self.policy.longest_seconds, self.policy.base_seconds * 2**row)
+        if self._is_moving:
+            # The first failure of a source that has brought something up to now.
+            self._is_moving = False
+            limit *= MOVING_SHARE
         wait(self.uniform(0.0, limit), self.clock, cancelled, self.what)
 
 

@@ -205,6 +205,22 @@ def test_progress_never_gives_up(bench: Bench) -> None:
     assert fetched.retries == 2
 
 
+def test_who_brings_something_is_gone_on_with_at_once(bench: Bench) -> None:
+    waits: list[float] = []
+
+    def note(_low: float, high: float) -> float:
+        waits.append(high)
+        return 0.0
+
+    settings = RegistrySettings(attempts=2)
+    fetcher = Fetcher(bench.store, [bench.registry(attempts=2)], settings, uniform=note)
+    bench.fake.fault("/blobs/", Fault(cut="fin", after=100_000), repeat=True)
+    fetched = fetcher.fetch(bench.reference, BLOB, report=bench.reports)
+    assert bench.holds()
+    assert fetched.retries == len(bench.ranges()) - 1 == (SIZE - 1) // 100_000
+    assert waits == []
+
+
 def test_no_progress_gives_up(bench: Bench) -> None:
     bench.fake.fault("/blobs/", Fault(cut="fin", after=10), repeat=True)
     with pytest.raises(UnavailableError):

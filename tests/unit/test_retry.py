@@ -112,6 +112,18 @@ def test_progress_starts_the_count_anew() -> None:
         attempts.pause(DOWN)
 
 
+def test_the_first_failure_after_progress_is_hardly_waited_for() -> None:
+    time = FakeTime()
+    attempts = retries(time, base_seconds=1.0, least_progress=100)
+    seen = []
+    for size in (0, 100, 0, 0, 100):
+        attempts.progressed(size)
+        before = time.now
+        attempts.pause(DOWN)
+        seen.append(round(time.now - before, 6))
+    assert seen == [1.0, 0.1, 2.0, 4.0, 0.1]
+
+
 def test_small_steps_of_progress_add_up() -> None:
     attempts = retries(FakeTime(), attempts=4, least_progress=100)
     for _ in range(50):
