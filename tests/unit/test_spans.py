@@ -79,8 +79,6 @@ def test_the_command_exports_when_asked_and_never_fails_for_it(tmp_path: Path) -
         registry.add_image("a/b", "1", [small_tar({"a": b"1"})])
         name = f"{registry.host}/a/b:1"
 
-        words = ("pull", name)
-
         def pull(exporter: str) -> subprocess.CompletedProcess[str]:
             return subprocess.run(
                 [
