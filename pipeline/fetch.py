@@ -159,6 +159,7 @@ class Fetcher:
             work.tell("done", descriptor.size)
             return "store"
         ingest = self._acquire(work)
+        ingest.repository = work.reference.name
         with ingest:
             if ingest.offset == descriptor.size and self._is_proven(ingest):
                 status = "exists"

@@ -64,8 +64,8 @@ class Home(Protocol):
     def void_proof(self, digest: Digest) -> None:
         """Forget that a blob was proven, before other bytes take its name."""
 
-    def record_blob(self, digest: Digest, size: int) -> None:
-        """Record that the committed blob has just been proven."""
+    def record_blob(self, digest: Digest, size: int, repository: str = "") -> None:
+        """Record that the committed blob has just been proven, and who (if named) served it."""
 
 
 def acquire(home: Home, digest: Digest, size: int) -> Ingest | None:
@@ -103,6 +103,7 @@ class Ingest:
     def __init__(self, home: Home, digest: Digest, size: int, directory: Path, lock: int) -> None:
         """Take over the held ``lock``; use ``acquire``."""
         self.digest = digest
+        self.repository = ""  # on whose behalf it is fetched, for the blob's record
         self.size = size
         self.generation = 0
         self.is_resumed = False  # whether an earlier writer's bytes are in it
@@ -300,7 +301,7 @@ class Ingest:
             self._data_path.rename(target)
         self._finished = True
         failpoint("ingest-after-rename")
-        self._home.record_blob(self.digest, self.size)
+        self._home.record_blob(self.digest, self.size, self.repository)
         failpoint("ingest-after-record")
         with translated(self._directory, "tell that the blob is committed"):
             if self._state is not None:

@@ -345,7 +345,7 @@ class Store:
         """
         digest = Digest(digest)
         if self.writable and repository not in self.blob_record(digest).repositories:
-            with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+            with self._record_lock(digest):
                 record = self.blob_record(digest).with_repository(repository)
                 self.write_record(self.source_path(digest), record.payload())
 
@@ -359,15 +359,17 @@ class Store:
         A record that survives a power cut must not speak for bytes that came after it and may not.
         """
         if self.blob_record(digest).verified is not None:
-            with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+            with self._record_lock(digest):
                 record = replace(self.blob_record(digest), verified=None)
                 self.write_record(self.source_path(digest), record.payload())
 
-    def record_blob(self, digest: Digest, size: int) -> None:
-        """Record that the committed blob has just been proven."""
-        with self.lock("sources", wait_seconds=_LOCK_SECONDS):
+    def record_blob(self, digest: Digest, size: int, repository: str = "") -> None:
+        """Record that the committed blob has just been proven, and who (if named) served it."""
+        with self._record_lock(digest):
             old = self.blob_record(digest)
             record = BlobRecord(size, old.repositories, self.trust.stamp())
+            if repository:
+                record = record.with_repository(repository)
             self.write_record(self.source_path(digest), record.payload())
 
     def record_reference(self, record: ReferenceRecord) -> None:
@@ -449,6 +451,10 @@ class Store:
             self.trust.sync(self._descriptor)
 
     # -- internals --------------------------------------------------------------------------------
+
+    def _record_lock(self, digest: Digest) -> AbstractContextManager[None]:
+        """Keep others from changing a digest's record; threads that fetch seldom meet here."""
+        return self.lock(f"sources-{digest.encoded[:2]}", wait_seconds=_LOCK_SECONDS)
 
     def _new_temporary(self) -> tuple[int, Path]:
         """Return a new file in ``ingest/``, locked: a collector removes only what nobody holds."""

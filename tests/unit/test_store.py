@@ -494,3 +494,20 @@ os.waitpid(child, 0)
         for thread in threads:
             thread.join()
         assert most == 1
+
+
+def test_who_served_a_blob_is_recorded_with_its_proof(tmp_path: Path) -> None:
+    data = b"served"
+    digest = Digest.of(data)
+    with Store.open(tmp_path / "store") as store:
+        ingest = store.acquire(digest, len(data))
+        assert ingest is not None
+        with ingest:
+            ingest.repository = "registry.example/a"
+            ingest.write(data)
+            ingest.commit()
+        assert store.confirmed(digest, "registry.example/a")
+        written = store.source_path(digest).stat()
+        store.confirm(digest, "registry.example/a")
+        assert store.source_path(digest).stat().st_ino == written.st_ino
+        assert store.has(digest, len(data))
