@@ -144,7 +144,7 @@ def test_public_images_need_no_login(
 
 
 def test_a_token_that_expires_in_mid_pull(
-    local: Stowray, guarded: Guarded, catalogue: Catalogue
+    stowray: Stowray, guarded: Guarded, catalogue: Catalogue
 ) -> None:
     """The registry takes a token for two seconds, the pull takes longer and is cut in between."""
     image = guarded.publish(catalogue, "debian")
@@ -153,7 +153,7 @@ def test_a_token_that_expires_in_mid_pull(
     with counting_proxy(guarded.registry.host, bytes_per_second=size / 6) as proxy:
         authfile = guarded.authfile(proxy.host)
         arguments = ("--json", "--config", guarded.settings(), "--authfile", authfile)
-        with local.running("pull", *arguments, image.at(proxy.host)) as process:
+        with stowray.running("pull", *arguments, image.at(proxy.host)) as process:
             for part in (0.4, 0.8):
                 assert proxy.wait_served(int(size * part))
                 proxy.cut()
