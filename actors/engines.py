@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors.wire import settings_from_dict
+from stowray.pipeline.access import Access
 from stowray.pipeline.engine import LocalEngine
 from stowray.pipeline.notices import unquoted
 from stowray.pipeline.progress import Progress
@@ -37,7 +38,10 @@ KEPT_WARNINGS = 100
 
 
 class MemberEngine(LocalEngine):
-    """What a fetching or resolving actor needs of an engine; ``environment`` is the driver's."""
+    """What a fetching or resolving actor needs of an engine; ``environment`` is the driver's.
+
+    ``access`` is what was taken along from where its files are not these.
+    """
 
     def __init__(
         self,
@@ -46,8 +50,11 @@ class MemberEngine(LocalEngine):
         progress: Progress,
         store: Store,
         environment: Mapping[str, str],
+        access: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(settings, progress=progress, store=store, environment=dict(environment))
+        if access is not None:
+            self._access = Access.from_dict(access)
         self._told: deque[tuple[float, str]] = deque(maxlen=KEPT_WARNINGS)
 
     def side(self, source: Source) -> tuple[Origin, Fetcher]:
@@ -119,12 +126,13 @@ class Engines:
         self._engines: OrderedDict[str, MemberEngine] = OrderedDict()
 
     def get(self, task: Mapping[str, Any]) -> MemberEngine:
-        """Return the engine for a task's ``store``, ``settings`` and ``environment``.
+        """Return the engine for a task's ``store``, ``settings``, ``environment`` and ``access``.
 
         The least recently used beyond a few is dropped, not closed: a task may still use it, and
         its connections end with it.
         """
-        about = [task["store"], task["settings"], task["environment"]]
+        access = task.get("access")
+        about = [task["store"], task["settings"], task["environment"], access]
         key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
         store = self._stores.get(task["store"])
         with self._lock:
@@ -135,6 +143,7 @@ class Engines:
                     progress=Progress(),
                     store=store,
                     environment=task["environment"],
+                    access=access,
                 )
             self._engines.move_to_end(key)
             while len(self._engines) > KEPT:

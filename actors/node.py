@@ -252,6 +252,7 @@ class NodeActor:
             run = self._begun()
             store = run.store
             origin["environment"] = run.environment
+            origin["access"] = request["access"]
             spread = run.task(request["spread"])
         source = source_from_dict(request["source"])
         image = Image.from_dict(request["image"])

@@ -174,6 +174,7 @@ class _Under:
         from stowray.actors import cluster
         from stowray.actors.cluster_watch import ClusterWatch
         from stowray.actors.follow import Follower
+        from stowray.actors.prewarm_access import RunAccess
         from stowray.actors.prewarm_context import RunContext
         from stowray.actors.prewarm_images import RunImages
         from stowray.actors.prewarm_pulse import Pulse
@@ -189,7 +190,7 @@ class _Under:
             token=secrets.token_urlsafe(32),
             plan=self.plan,
             settings=owner._settings,
-            environment=origin_environment(os.environ),
+            access=RunAccess(owner._settings, origin_environment(os.environ)),
             state=state,
             progress=owner._progress,
             resolver=resolver,

@@ -14,8 +14,7 @@ from stowray.pipeline.clock import Boot
 from stowray.pipeline.engine import PullOptions
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
-
+    from stowray.actors.prewarm_access import RunAccess
     from stowray.actors.prewarm_images import RunImage
     from stowray.actors.prewarm_state import RunState
     from stowray.pipeline.prewarm_plan import PrewarmPlan
@@ -31,7 +30,7 @@ class RunContext:
     token: str
     plan: PrewarmPlan
     settings: Settings
-    environment: Mapping[str, str]
+    access: RunAccess
     state: RunState
     progress: Progress
     resolver: Any
@@ -44,15 +43,20 @@ class RunContext:
             "run": self.run,
             "node": node,
             "token": self.token,
-            "settings": settings_to_dict(self.settings) | {"node": node},
-            "environment": dict(self.environment),
+            "settings": settings_to_dict(self.access.for_nodes) | {"node": node},
+            "environment": self.access.environment,
             "boot": Boot.read().boot_id,
             "host": host,
             "port": port,
         }
 
-    def pull_request(self, node: str, run: str, image: RunImage, *, sync: bool) -> dict[str, Any]:
-        """Return the request of ``NodeActor.pull`` that brings an image as a part of the run."""
+    async def pull_request(
+        self, node: str, run: str, image: RunImage, *, sync: bool
+    ) -> dict[str, Any]:
+        """Return the request of ``NodeActor.pull`` that brings an image as a part of the run.
+
+        Raises what keeps the driver from knowing how its registry is reached.
+        """
         limits = self.plan.limits
         return {
             "run": run,
@@ -61,8 +65,9 @@ class RunContext:
             "image": image.image.to_dict(),
             "documents": image.documents,
             "options": options_to_dict(PullOptions(platform=image.image.platform, sync=sync)),
-            "settings": settings_to_dict(self.settings) | {"node": node},
-            "environment": dict(self.environment),
+            "settings": settings_to_dict(self.access.for_nodes) | {"node": node},
+            "environment": self.access.environment,
+            "access": await self.access.to(image.reference),
             "progress": self.board,
             "nodes": self.nodes,
             "driver": None,

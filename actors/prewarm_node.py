@@ -307,7 +307,7 @@ class RunNode:
         context = self._context
         self._numbers += 1
         run = f"{context.run}/{self.name}/{self._numbers}"
-        request = context.pull_request(self.name, run, image, sync=bool(self._network))
+        request = await context.pull_request(self.name, run, image, sync=bool(self._network))
         self._pulls[run] = image.planned.reference
         try:
             reply = await self.link.ask("pull", request)

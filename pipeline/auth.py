@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
     from stowray.pipeline.credential import Credential
-    from stowray.pipeline.credentials import Credentials
+    from stowray.pipeline.credentials import Logins
     from stowray.pipeline.known_secrets import KnownSecrets
     from stowray.pipeline.notices import Notices
     from stowray.pipeline.response import Headers, Response
@@ -90,7 +90,7 @@ class Authenticator:
     def __init__(
         self,
         send: Send,
-        credentials: Credentials,
+        credentials: Logins,
         secrets: KnownSecrets,
         notices: Notices,
         *,

@@ -34,7 +34,7 @@ from stowray.pipeline.retry import retry_after
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
 
-    from stowray.pipeline.credentials import Credentials
+    from stowray.pipeline.credentials import Logins
     from stowray.pipeline.limiter import Limiter
     from stowray.pipeline.quota import Quota
     from stowray.pipeline.response import Headers, Response
@@ -73,7 +73,7 @@ class Client:
     def __init__(
         self,
         transport: Transport,
-        credentials: Credentials,
+        credentials: Logins,
         limiter: Limiter,
         *,
         plain_http: Collection[str] = (),

@@ -12,7 +12,7 @@ import json
 import re
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from stowray.pipeline.credential import TOKEN_USER, Credential
 from stowray.pipeline.credential_helpers import HELPER_SECONDS, CredentialHelpers
@@ -50,6 +50,21 @@ class LoginFile:
 def never() -> bool:
     """Return False: nobody cancels."""
     return False
+
+
+class Logins(Protocol):
+    """Who one is to registries, wherever that is known from."""
+
+    def find(
+        self, registry: str, repository: str = "", cancelled: Callable[[], bool] = never
+    ) -> Credential | None:
+        """Return the login for a repository of a registry, ``None`` for nobody."""
+
+    def known_secrets(self) -> tuple[str, ...]:
+        """Return all that must not be shown."""
+
+    def forget(self, registry: str) -> None:
+        """Ask helpers for ``registry`` anew: what they said has expired."""
 
 
 class Credentials:

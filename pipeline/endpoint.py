@@ -20,11 +20,12 @@ class Connection:
     """What a connection needs beyond what the settings say for all of them.
 
     ``client_pairs`` are files with a certificate and its key, the second empty when both are in
-    one; ``connect_seconds`` 0 is the usual wait; ``proxy`` "" is what the environment says.
+    one; in what comes from another machine, their content stands for files. ``connect_seconds`` 0
+    is the usual wait; ``proxy`` "" is what the environment says.
     """
 
     ca_files: tuple[str, ...] = ()
-    client_pairs: tuple[tuple[str, str], ...] = ()
+    client_pairs: tuple[tuple[str, str], ...] = field(default=(), repr=False)
     skip_verify: bool = False
     connect_seconds: float = 0.0
     proxy: str = field(default="", repr=False)

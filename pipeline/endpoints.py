@@ -58,7 +58,11 @@ class Endpoints:
         settings: RegistrySettings,
         environment: Mapping[str, str],
         clock: Clock = SYSTEM_CLOCK,
+        *,
+        known: Mapping[str, tuple[Endpoint, ...]] | None = None,
     ) -> None:
+        """Take what decides; ``known`` are the endpoints of references found elsewhere."""
+        self._known = known or {}
         self._hosts_dir = settings.hosts_dir
         self._setting = settings.registries_conf
         self._environment = environment
@@ -116,6 +120,9 @@ class Endpoints:
             return rest is not None and rest.end > self._clock.monotonic()
 
     def _configured(self, reference: Reference) -> tuple[Endpoint, ...]:
+        known = self._known.get(reference.canonical)
+        if known is not None:
+            return known
         now = self._clock.monotonic()
         with self._lock:
             if now >= self._fresh_until:

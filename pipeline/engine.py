@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
     from concurrent.futures import Future
 
+    from stowray.pipeline.access import Access
     from stowray.pipeline.crew import Crew
     from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Descriptor, Image
@@ -98,6 +99,7 @@ class LocalEngine:
         self._sides: dict[str, tuple[Origin, Fetcher]] = {}
         self._resolvers: dict[str, Resolver] = {}
         self._registry: Registry | None = None
+        self._access: Access | None = None
 
     def close(self) -> None:
         """End threads, workers and connections."""
@@ -445,6 +447,7 @@ class LocalEngine:
             environment=self._environment,
             warn=self._warn,
             shared=limits,
+            access=self._access,
         )
 
 

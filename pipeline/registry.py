@@ -34,8 +34,10 @@ from stowray.pipeline.settings import RegistrySettings
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from stowray.pipeline.access import Access
     from stowray.pipeline.blob_stream import RegistryBlob
     from stowray.pipeline.client import Client
+    from stowray.pipeline.credentials import Logins
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.endpoint import Endpoint
@@ -71,13 +73,18 @@ class Registry:
         clock: Clock = SYSTEM_CLOCK,
         warn: Callable[[str], None] | None = None,
         shared: Sequence[SharedLimits] = (),
+        access: Access | None = None,
     ) -> None:
-        """Take what is given; ``shared`` are limits in common with other processes."""
+        """Take what is given; ``shared`` are limits in common with other processes.
+
+        What ``access`` knows comes before what this machine's files say.
+        """
         self._settings = settings or RegistrySettings()
         self._clock = clock
         environment = os.environ if environment is None else environment
-        self._endpoints = Endpoints(self._settings, environment, clock)
-        self._client = _client(self._settings, environment, clock, warn, shared)
+        known = access.endpoints if access is not None else None
+        self._endpoints = Endpoints(self._settings, environment, clock, known=known)
+        self._client = _client(self._settings, environment, clock, warn, shared, access)
         self._documents = DocumentRequests(self._client)
         self._blobs = BlobRequests(
             self._client,
@@ -247,6 +254,7 @@ def _client(
     clock: Clock,
     warn: Callable[[str], None] | None,
     shared: Sequence[SharedLimits],
+    access: Access | None,
 ) -> Client:
     # Here and not above: a pull that finds everything in the store needs none of this.
     from stowray.pipeline.client import Client
@@ -263,9 +271,14 @@ def _client(
         proxies=Proxies.read(environment),
         clock=clock,
     )
+    credentials: Logins = Credentials(environment, settings.authfile)
+    if access is not None:
+        from stowray.pipeline.access import CarriedCredentials
+
+        credentials = CarriedCredentials(access, credentials)
     return Client(
         transport,
-        Credentials(environment, settings.authfile),
+        credentials,
         Limiter(
             settings.connections,
             clock,

@@ -234,19 +234,23 @@ class Transport:
         # Not needed for a registry on loopback, and slow to import.
         import ssl
 
+        from stowray.pipeline.access import as_files
+
         context = ssl.create_default_context()
         context.set_alpn_protocols(["http/1.1"])
         named = [("registry.ca_file", self._ca_file)] if self._ca_file else []
         for subject, file in [*named, *((file, file) for file in connection.ca_files)]:
             try:
-                context.load_verify_locations(cafile=file)
+                with as_files(file) as (name,):
+                    context.load_verify_locations(cafile=name)
             except (OSError, ValueError) as error:
                 raise UsageError(subject, f"cannot load {file}") from error
         # OpenSSL keeps one pair per kind of key, the last: the first of the file shall be it.
         for certificate, key in reversed(connection.client_pairs):
             try:
-                # Without a password of ours OpenSSL would ask on the terminal for one.
-                context.load_cert_chain(certificate, key or None, password=str)
+                with as_files(certificate, key) as (name, key_name):
+                    # Without a password of ours OpenSSL would ask on the terminal for one.
+                    context.load_cert_chain(name, key_name or None, password=str)
             except (OSError, ValueError) as error:
                 raise UsageError(
                     certificate, "not a client's certificate with its key, unencrypted"

@@ -5,12 +5,14 @@ Ray is told here to be patient: what is seen is that the run itself misses a mac
 
 from __future__ import annotations
 
+import base64
 import json
 import signal
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import trustme
 
 from tests.cluster.prewarm import Driver, add_image, states
 from tests.support.machines import machines, why_not
@@ -173,6 +175,54 @@ def test_a_short_cut_is_not_even_noticed(
     code, report = driver.finish()
     assert code == 0, report
     assert states(report) == dict.fromkeys(NAMES, "ready")
+
+
+def test_machines_get_the_login_and_the_authority_of_the_driver(
+    machines_with_ray: tuple[Machines, str], workspace: Path
+) -> None:
+    net, address = machines_with_ray
+    authority = trustme.CA()
+    listener = net.listen()
+    bridge = listener.getsockname()[0]
+    with FakeRegistry(
+        auth="basic",
+        users={"me": "mypassword"},
+        authority=authority,
+        certificate_names=[bridge],
+        listener=listener,
+    ) as registry:
+        host = f"{bridge}:{listener.getsockname()[1]}"
+        reference = add_image(registry, "private", MIB, 1000).replace(registry.host, host)
+        login = base64.b64encode(b"me:mypassword").decode()
+        private = net.temporary / "private"
+        files = {
+            # Each machine has a temporary folder of its own: no other sees these.
+            "auth.json": json.dumps({"auths": {host: {"auth": login}}}),
+            f"hosts/{host}/hosts.toml": f"""
+                server = "https://{host}"
+                [host."https://{host}"]
+                ca = "{private}/ca.pem"
+            """,
+            "ca.pem": authority.cert_pem.bytes().decode(),
+        }
+        for name, text in files.items():
+            script = 'mkdir -p "$(dirname "$0")" && printf %s "$1" > "$0"'
+            net["m0"].run(["sh", "-c", script, str(private / name), text])
+        settings = {"authfile": f"{private}/auth.json", "hosts_dir": f"{private}/hosts"}
+        told = {"references": [reference], "settings": settings, "plan": {"nodes.names": ["m2"]}}
+        site = Site(net, address, registry, source=None)  # type: ignore[arg-type]
+        driver = Driver(site, workspace, told, enter=net["m0"].enter)
+        try:
+            code, report = driver.finish()
+        finally:
+            driver.end()
+        assert code == 0, json.dumps(report)
+        assert states(report) == {"m2": "ready"}
+        assert report["origin_bytes"] > MIB // 2, "the machine fetched it from the registry"
+    for name in NAMES:
+        found = net[name].run(["grep", "-rlE", f"mypassword|{login}", str(net.temporary)]).stdout
+        left = [line for line in found.splitlines() if not line.startswith(f"{private}/")]
+        assert left == [], "a secret stands in Ray's files"
 
 
 def ours(site: Site, name: str) -> list[str]:

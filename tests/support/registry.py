@@ -134,14 +134,26 @@ class _Server(ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_address = True
 
-    def __init__(self, registry: FakeRegistry, listener: str, host: str) -> None:
+    def __init__(
+        self,
+        registry: FakeRegistry,
+        listener: str,
+        host: str,
+        given: socket.socket | None = None,
+    ) -> None:
         self.registry = registry
         self.listener = listener
         self.live: set[socket.socket] = set()
         self.live_lock = threading.Lock()
         if ":" in host:
             self.address_family = socket.AF_INET6
-        super().__init__((host, 0), _Handler)
+        super().__init__((host, 0), _Handler, bind_and_activate=given is None)
+        if given is not None:
+            self.socket.close()
+            self.socket = given
+            self.server_address = given.getsockname()
+            self.server_name, self.server_port = self.server_address[:2]
+            self.server_activate()
 
     def server_bind(self) -> None:
         # HTTPServer.server_bind looks the host name up, which can take seconds.
@@ -406,6 +418,7 @@ class FakeRegistry:
     token_lifetime: float = 300.0
     identity_tokens: dict[str, str] = field(default_factory=dict)  # refresh token -> user
     oauth_post: bool = True
+    listener: socket.socket | None = None  # given: listens there, not on `address`
     plain_answer: bytes = b""  # what a TLS listener says to plain HTTP
 
     def __post_init__(self) -> None:
@@ -432,7 +445,7 @@ class FakeRegistry:
             certificate = self.authority.issue_cert(*names, not_after=self.not_after)
             self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
             certificate.configure_cert(self._context)
-        self._server = _Server(self, "registry", self.address)
+        self._server = _Server(self, "registry", self.address, self.listener)
         self._cdn = _Server(self, "cdn", self.address)
         for server in (self._server, self._cdn):
             thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
