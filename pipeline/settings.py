@@ -41,8 +41,8 @@ class RegistrySettings:
     minimum_bytes_per_second: int = 1024
     attempts: int = 6
     deadline_seconds: float = 3600.0
-    connections: int = 6
-    range_connections: int = 4
+    connections: int = 8
+    range_connections: int = 8
     range_minimum_bytes: int = 64 << 20
     requests_per_second: float = 0.0
     bytes_per_second: int = 0
