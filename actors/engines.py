@@ -111,7 +111,7 @@ class Stores:
         """Return the store at ``path``, opened when it is asked for first."""
         with self._lock:
             store = self._stores.get(path)
-            if store is None or not store.path.is_dir():
+            if store is None or not store.is_current:
                 # Removed meanwhile, by hand or by a test: a new one may stand in its place.
                 store = self._stores[path] = Store.open(Path(path))
             return store

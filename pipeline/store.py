@@ -143,6 +143,18 @@ class Store:
         """Close the store's own descriptor; idempotent, and also done when it is collected."""
         self._closer()
 
+    @property
+    def is_current(self) -> bool:
+        """Whether the path still leads to the store that was opened.
+
+        It may have been removed and made anew: then what is remembered of it is void.
+        """
+        try:
+            named = self.path.stat()
+        except OSError:
+            return False
+        return os.path.samestat(named, os.fstat(self._descriptor))
+
     def __enter__(self) -> Store:
         return self
 
