@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors import cluster
-from stowray.pipeline.crew import unpack_arguments
+from stowray.pipeline.crew import Commits, unpack_arguments
 from stowray.pipeline.errors import CancelledError
 from stowray.pipeline.progress import Event
 from stowray.pipeline.run import Outcome
@@ -43,15 +43,15 @@ SPREAD_SHARE = 60
 
 @dataclass(slots=True, eq=False)
 class _Call:
-    """One step on its way; ``member`` is None until it is handed out."""
+    """One step, or several commits, on the way; ``member`` is None until it is handed out."""
 
     key: str
-    step: Step
+    step: Step | None
     task: dict[str, Any]
     pool: Pool[Any]
     report: Report
     cancelled: Callable[[], bool]
-    future: Future[Outcome] = field(default_factory=Future)
+    future: Future[Any] = field(default_factory=Future)
     member: Member[Any] | None = None
     told_at: float = 0.0
 
@@ -69,6 +69,32 @@ class Pools:
         self.unpackers.close()
 
 
+class _Committers:
+    """The members of a crew as those who carry out commits."""
+
+    def __init__(self, crew: ActorCrew) -> None:
+        self._crew = crew
+
+    def submit(
+        self,
+        operation: str,
+        arguments: dict[str, Any],
+        *,
+        on_progress: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> Future[dict[str, Any]]:
+        """Queue several commits; see :class:`stowray.pipeline.crew.Workers`."""
+        return self._crew.commit(arguments, cancelled)
+
+
+def _cancelled(call: _Call) -> CancelledError:
+    return CancelledError("commits" if call.step is None else call.step.id)
+
+
+def _say_nothing(*_what: Any, **_more: Any) -> None:
+    """Report to nobody."""
+
+
 class ActorCrew:
     """Hands the steps of one pull to pool members; close it when the pull has ended.
 
@@ -77,7 +103,7 @@ class ActorCrew:
     blob that was fetched, with all that gave bytes of it.
     """
 
-    commits_in_order = False
+    commits_in_order = True
 
     def __init__(
         self,
@@ -103,6 +129,7 @@ class ActorCrew:
         self._spread = spread
         self._ways = ways if ways is not None else []
         self._warn = warn
+        self._reference = ""
         self._shares = {
             pools.fetchers: max(settings.registry.connections, pools.unpackers.size),
             pools.unpackers: pools.unpackers.size,
@@ -111,6 +138,7 @@ class ActorCrew:
             # Most of them wait for a peer to have a first byte, which must keep nobody from
             # fetching what other peers wait for: the fetcher bounds its connections itself.
             self._shares[pools.fetchers] = SPREAD_SHARE * pools.fetchers.size
+        self._commits = Commits(settings, store, _Committers(self))
         self._lock = threading.Lock()
         self._numbers = itertools.count(1)
         self._queues: dict[Pool[Any], deque[_Call]] = {pool: deque() for pool in self._shares}
@@ -136,14 +164,10 @@ class ActorCrew:
     ) -> Future[Outcome]:
         """Queue one step; the members have fetchers of their own."""
         source = image.reference
-        key = f"{self._run}/{next(self._numbers)}"
-        task: dict[str, Any] = {
-            "key": key,
-            "run": self._run,
-            "owner": self._owner,
-            "node": self._settings.node_name,
-            "reference": source.canonical,
-        }
+        if step.kind == "commit":
+            self._reference = source.canonical
+            return self._commits.submit(step, report, cancelled)
+        task = self._task(source.canonical)
         if step.kind == "fetch":
             pool = self._pools.fetchers
             task |= {
@@ -157,15 +181,33 @@ class ActorCrew:
             pool = self._pools.unpackers
             arguments = unpack_arguments(self._settings, self._store, step)
             task |= {"kind": step.kind, "arguments": arguments}
-            if step.kind == "stage":
-                size = step.descriptor.size
-                report("layer", str(step.descriptor.digest), "waiting", 0, size)
-        call = _Call(key, step, task, pool, report, cancelled)
+            report("layer", str(step.descriptor.digest), "waiting", 0, step.descriptor.size)
+        return self._queue(_Call(task["key"], step, task, pool, report, cancelled))
+
+    def commit(
+        self, arguments: dict[str, Any], cancelled: Callable[[], bool]
+    ) -> Future[dict[str, Any]]:
+        """Queue the commits that ``arguments`` name, one after the other, as one call."""
+        task = self._task(self._reference) | {"kind": "commits", "arguments": arguments}
+        pool = self._pools.unpackers
+        return self._queue(_Call(task["key"], None, task, pool, _say_nothing, cancelled))
+
+    def _task(self, reference: str) -> dict[str, Any]:
+        """Return what a member needs to know for any task."""
+        return {
+            "key": f"{self._run}/{next(self._numbers)}",
+            "run": self._run,
+            "owner": self._owner,
+            "node": self._settings.node_name,
+            "reference": reference,
+        }
+
+    def _queue(self, call: _Call) -> Future[Any]:
         call.future.set_running_or_notify_cancel()
         with self._lock:
-            waiting = self._queues[pool]
+            waiting = self._queues[call.pool]
             # A commit ends a layer's work and frees the ones above it: before any stage.
-            (waiting.appendleft if step.kind == "commit" else waiting.append)(call)
+            (waiting.appendleft if call.step is None else waiting.append)(call)
         self._hand_out()
         return call.future
 
@@ -185,14 +227,15 @@ class ActorCrew:
                         break
                     waiting.remove(call)
                     self._under_way.add(call)
-                    self._handed_out.add(call.step.id)
+                    if call.step is not None:
+                        self._handed_out.add(call.step.id)
                     chosen.append(call)
                     busy += 1
         for call in chosen:
             self._start(call)
 
     def _is_free(self, call: _Call) -> bool:
-        follows = call.step.follows
+        follows = None if call.step is None else call.step.follows
         return follows is None or follows in self._handed_out
 
     def _start(self, call: _Call) -> None:
@@ -210,21 +253,21 @@ class ActorCrew:
             reply = done.result()
             for event in reply["events"]:
                 self._progress.merge(Event.from_dict(event))
-            self._report_end(call)
-            self._note_way(call.step, reply)
+            if call.step is not None:
+                self._report_end(call, call.step)
+                self._note_way(call.step, reply)
             if self._warn is not None:
                 for text in reply.get("warnings", ()):
                     self._warn(text)
-            call.future.set_result(Outcome(**reply["outcome"]))
+            outcome = reply["outcome"]
+            call.future.set_result(outcome if call.step is None else Outcome(**outcome))
         elif call.told_at and cluster.is_loss(error):
-            call.future.set_exception(CancelledError(call.step.id))
+            call.future.set_exception(_cancelled(call))
         else:
             call.future.set_exception(cluster.translate(error, member.name))
         self._hand_out()
 
     def _note_way(self, step: Step, reply: dict[str, Any]) -> None:
-        if step.kind == "commit":
-            return
         way: dict[str, Any] = {
             "kind": step.kind,
             "digest": str(step.descriptor.digest),
@@ -234,13 +277,10 @@ class ActorCrew:
         }
         self._ways.append(way | reply.get("way", {}))
 
-    def _report_end(self, call: _Call) -> None:
-        step = call.step
+    def _report_end(self, call: _Call, step: Step) -> None:
         if step.kind == "stage":
             size = step.descriptor.size
             call.report("layer", str(step.descriptor.digest), "applied", size, size)
-        elif step.kind == "commit":
-            call.report("commit", str(step.chain_id), "committed")
 
     def _serve(self) -> None:
         """Settle replies as they come, and look after cancellations in between."""
@@ -274,7 +314,7 @@ class ActorCrew:
                     waiting.remove(call)
                 given_up += mine
         for call in given_up:
-            call.future.set_exception(CancelledError(call.step.id))
+            call.future.set_exception(_cancelled(call))
 
     def _cancel_under_way(self, call: _Call) -> None:
         member = call.member

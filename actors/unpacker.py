@@ -36,12 +36,12 @@ class UnpackActor:
 
     @ray.method(concurrency_group="work")
     def run(self, task: dict[str, Any]) -> dict[str, Any]:
-        """Carry out one stage or commit step; returns its outcome and final events."""
+        """Carry out a stage, or commits; returns outcome and final events."""
         with (
             self._tasks.running(task["key"]) as cancelled,
             task_report(task["owner"], task["run"], task["node"], task["reference"]) as told,
         ):
-            layer, is_stage = task["arguments"]["digest"], task["kind"] == "stage"
+            layer, is_stage = task["arguments"].get("digest"), task["kind"] == "stage"
 
             def on_progress(current: int, total: int) -> None:
                 if is_stage:

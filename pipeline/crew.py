@@ -56,6 +56,20 @@ class Crew(Protocol):
         """End all that the crew started."""
 
 
+class Workers(Protocol):
+    """Those who carry out operations of :class:`stowray.pipeline.layer_tasks.LayerTasks`."""
+
+    def submit(
+        self,
+        operation: str,
+        arguments: dict[str, Any],
+        *,
+        on_progress: Callable[[int, int], None],
+        cancelled: Callable[[], bool],
+    ) -> Future[dict[str, Any]]:
+        """Queue one operation; the future yields its plain result."""
+
+
 class LocalCrew:
     """Carries out the steps of any number of pulls on this machine."""
 
@@ -66,7 +80,7 @@ class LocalCrew:
         self._store = store
         self._workers = WorkerPool(settings.worker_count(), fork=fork_workers)
         self._fetchers: ThreadPoolExecutor | None = None
-        self._commits = _Commits(settings, store, self._workers)
+        self._commits = Commits(settings, store, self._workers)
 
     def start_early(self) -> None:
         """Start the worker processes before they are needed, while that is cheap."""
@@ -139,14 +153,14 @@ class _Lane:
         self.failed: dict[Digest | None, BaseException] = {}
 
 
-class _Commits:
+class Commits:
     """Carries commits out in the order in which they come, as many in one task as are waiting.
 
     The commit of a small layer takes less time than handing it to a worker and hearing of its end.
     Pulls are told apart by their ``cancelled``.
     """
 
-    def __init__(self, settings: Settings, store: Store, workers: WorkerPool) -> None:
+    def __init__(self, settings: Settings, store: Store, workers: Workers) -> None:
         self._settings = settings
         self._store = store
         self._workers = workers
