@@ -17,17 +17,19 @@ from typing import TYPE_CHECKING, Any
 from stowray.actors.wire import settings_from_dict
 from stowray.pipeline.access import Access
 from stowray.pipeline.engine import LocalEngine
+from stowray.pipeline.fetch import Fetcher
 from stowray.pipeline.notices import unquoted
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.resolve import Request
+from stowray.pipeline.source import DiskImage
 from stowray.pipeline.store import Store
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
     from stowray.pipeline.engine import PullOptions
-    from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Image
+    from stowray.pipeline.limiter import SharedLimits
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.progress import Report
     from stowray.pipeline.settings import Settings
@@ -60,6 +62,13 @@ class MemberEngine(LocalEngine):
     def side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it alone."""
         return self._side(source)
+
+    def run_side(self, source: Source, limits: SharedLimits) -> tuple[Origin, Fetcher]:
+        """Return the same for a run, whose nodes have ``limits`` in common."""
+        if isinstance(source, DiskImage):
+            return self._side(source)
+        registry = self._new_registry(limits)
+        return registry, Fetcher(self.store, [registry], self.settings.registry)
 
     def warnings_since(self, moment: float) -> list[str]:
         """Return what registries have warned of since then (monotonic seconds), each once.

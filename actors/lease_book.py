@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import UsageError
 from stowray.pipeline.origin_leases import OriginLeases, RegistryPermits
+from stowray.pipeline.registry_lines import RegistryLines
 from stowray.pipeline.spread_leases import to_wire
 
 if TYPE_CHECKING:
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 class _Book:
     leases: OriginLeases
     permits: RegistryPermits
+    lines: RegistryLines
     addresses: dict[str, str] = field(default_factory=dict)
 
 
@@ -70,6 +72,7 @@ class LeaseBooks:
             book = self._books[run] = _Book(
                 OriginLeases(self._now, restarted=self._restarted),
                 RegistryPermits(self._now, connections, restarted=self._restarted),
+                RegistryLines(self._now),
             )
         return book
 
@@ -90,5 +93,8 @@ _QUESTIONS: dict[str, Callable[[_Book, str, list[Any]], object]] = {
     "declare_permit": lambda book, node, about: book.permits.declare(node, *about),
     "give_back": lambda book, node, about: book.permits.give_back(node, *about),
     "pause": lambda book, node, about: book.permits.pause(*about),
+    "pause_host": lambda book, node, about: book.lines.pause(*about),
+    "rest": lambda book, node, about: book.lines.rest(*about),
+    "book": lambda book, node, about: book.lines.book(*about),
     "address": lambda book, node, about: book.addresses.get(about[0], ""),
 }

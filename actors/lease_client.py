@@ -116,6 +116,18 @@ class LeaseClient:
         """See ``Leases.pause``."""
         self._ask("pause", seconds)
 
+    def pause_host(self, host: str, seconds: float) -> None:
+        """Let no node of the run ask ``host`` for that long."""
+        self._ask("pause_host", host, seconds)
+
+    def rest(self, host: str) -> float:
+        """Return for how many seconds more all nodes leave ``host`` alone."""
+        return float(self._ask("rest", host))
+
+    def book(self, host: str, line: str, seconds: float) -> float:
+        """Take the next ``seconds`` of a line of the run; return in how many they begin."""
+        return float(self._ask("book", host, line, seconds))
+
     def address(self, node: str) -> str:
         """See ``Leases.address``."""
         # Not kept: a node whose actor was started anew may serve elsewhere.

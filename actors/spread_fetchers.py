@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.actors import cluster
 from stowray.actors.lease_client import ANSWER_SECONDS, LeaseClient
+from stowray.actors.run_limits import RunLimits
 from stowray.pipeline.spread import Part
 from stowray.pipeline.spread_fetch import SpreadFetcher
 
@@ -46,7 +47,8 @@ class SpreadFetchers:
 
 
 def _make(spread: Mapping[str, Any], engine: MemberEngine, source: Source) -> SpreadFetcher:
-    origin, fallback = engine.side(source)
+    leases = lease_client(spread)
+    origin, fallback = engine.run_side(source, RunLimits(leases))
     return SpreadFetcher(
         engine.store,
         [origin],
@@ -54,7 +56,7 @@ def _make(spread: Mapping[str, Any], engine: MemberEngine, source: Source) -> Sp
         node=str(spread["node"]),
         part=Part.from_dict(spread["part"]),
         token=str(spread["token"]),
-        leases=lease_client(spread),
+        leases=leases,
         fallback=fallback,
         bandwidth=int(spread["bandwidth"]),
     )

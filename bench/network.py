@@ -1,9 +1,9 @@
 """What a bad network costs: faults survived, bytes fetched twice, broken and throttled connections.
 
-    python -m bench.network [faults] [broken] [breaking] [ranges]
+    python -m bench.network [--record FILE] [faults] [broken] [breaking] [ranges]
 
 The registry and what stands before it are in this process; the pulls that are timed or killed are
-`stowray` commands of their own.
+`stowray` commands of their own. Each figure is a median; the record has every run.
 """
 
 from __future__ import annotations
@@ -35,6 +35,16 @@ from tests.support.registry import FakeRegistry, Fault, compact, digest_of
 MIB = 1 << 20
 PROGRAM = [sys.executable, "-m", "stowray", "--engine", "local", "--progress", "none"]
 SEED = 11
+
+
+# What was measured: name -> runs.
+RECORD: dict[str, object] = {}
+
+
+def median(name: str, runs: list[float]) -> float:
+    """Keep the runs for the record and return their median."""
+    RECORD[name] = [round(run, 3) for run in runs]
+    return statistics.median(runs)
 
 
 def noise(size: int) -> bytes:
@@ -166,6 +176,7 @@ def faults(count: int = 200) -> None:
             if store.has(blob.digest) and store.blob_path(blob.digest).read_bytes() != data:
                 raise SystemExit("WRONG BYTES IN THE STORE")
         registry.close()
+    RECORD["faults: survived, tried"] = [survived, tried]
     print(
         f"faults: {survived} of {tried} survived ({blobs} blobs, {retries} retries, "
         f"{time.monotonic() - begun:.0f} s)"
@@ -181,7 +192,7 @@ def broken(runs: int = 3) -> None:
     chance = random.Random(SEED + 1)
     with FakeRegistry() as fake:
         name = publish(fake, data)
-        for how in ("connection", "kill", "kill, 4 connections"):
+        for how in ("connection", "kill", "kill, 8 connections"):
             lost = []
             for _ in range(runs):
                 points = sorted(chance.sample(range(len(data)), 10))
@@ -191,8 +202,8 @@ def broken(runs: int = 3) -> None:
                     counting_proxy(fake.host, bytes_per_second=60 * MIB) as proxy,
                 ):
                     lost.append(_break(Path(place), proxy, name, how, points, len(data)))
-            shown = ", ".join(f"{one / MIB:.2f}" for one in lost)
-            print(f"broken at 10 points ({how}): MiB over the blob's size, 10 breaks: {shown}")
+            each = median(f"broken: {how}, MiB twice a break", [one / MIB / 10 for one in lost])
+            print(f"96 MiB broken at 10 points ({how}): {each:.2f} MiB a break came twice")
 
 
 def _break(
@@ -200,8 +211,8 @@ def _break(
 ) -> int:
     stowray = Stowray(here / "store", here)
     with Store.open(here / "store") as store:
-        if "4" in how:
-            HostRecords(store.path).learn(proxy.host, 4, 15 * MIB)
+        if "8" in how:
+            HostRecords(store.path).learn(proxy.host, 8, 8 * MIB)
     run = command(here, proxy.host, name)
     proxy.reset()
     process = subprocess.Popen(run, env=stowray.environment(), stdout=subprocess.PIPE)
@@ -222,76 +233,91 @@ def _break(
 # -- connections that break ------------------------------------------------------------------------
 
 
-def breaking(runs: int = 3) -> None:
+def breaking(runs: int = 5) -> None:
     """A registry that breaks every connection after 8 MiB, beside one that does not."""
     data = noise(256 * MIB)
-    times: dict[str, list[float]] = {}
+    # A reset throws away what is still in the sockets' buffers: all of it is lost at a server that
+    # writes as fast as it can, and less at one on a line of 2 Gbit/s.
+    paces = {"at 2 Gbit/s": (256 * 1024, 0.001), "as fast as it can": None}
     with folder() as place, FakeRegistry() as fake:
         name = publish(fake, data)
-        for _ in range(runs):
-            for how in ("whole", "fin", "reset"):
-                fake.clear_faults()
-                # A reset throws away what is still in the sockets' buffers: not faster than a line
-                # of 2 Gbit/s, or all of it is.
-                pace = (256 * 1024, 0.001)
-                fault = Fault(trickle=pace)
-                if how != "whole":
-                    fault = Fault(cut=how, after=8 * MIB, trickle=pace)
-                fake.fault("/blobs/", Fault(), fault, repeat=True)
-                seconds, result = pull(Path(place), fake.host, name)
-                times.setdefault(how, []).append(seconds)
-                times.setdefault(f"{how} bytes", []).append(float(str(result["fetched_bytes"])))
-    whole = statistics.median(times["whole"])
-    for how in ("fin", "reset"):
-        median = statistics.median(times[how])
-        print(
-            f"256 MiB, every connection breaks after 8 MiB ({how}): {median:.2f} s against "
-            f"{whole:.2f} s: {median / whole:.2f} times; "
-            f"{statistics.median(times[f'{how} bytes']) / len(data):.3f} of the size received"
-        )
+        for shown, pace in paces.items():
+            times: dict[str, list[float]] = {"whole": [], "fin": [], "reset": []}
+            received: dict[str, list[float]] = {"whole": [], "fin": [], "reset": []}
+            for _ in range(runs):
+                for how in times:
+                    fake.clear_faults()
+                    fault = Fault(trickle=pace)
+                    if how != "whole":
+                        fault = Fault(cut=how, after=8 * MIB, trickle=pace)
+                    fake.fault("/blobs/", Fault(), fault, repeat=True)
+                    seconds, result = pull(Path(place), fake.host, name)
+                    times[how].append(seconds)
+                    received[how].append(float(str(result["fetched_bytes"])) / len(data))
+            whole = median(f"breaking: whole, {shown}, s", times["whole"])
+            for how in ("fin", "reset"):
+                taken = median(f"breaking: {how}, {shown}, s", times[how])
+                size = median(f"breaking: {how}, {shown}, bytes/size", received[how])
+                print(
+                    f"256 MiB {shown}, every connection breaks after 8 MiB ({how}): {taken:.2f} s "
+                    f"against {whole:.2f} s: {taken / whole:.2f} times; {size:.3f} of the size"
+                )
 
 
 # -- ranges ----------------------------------------------------------------------------------------
 
 
-def ranges(size: int = 1024 * MIB) -> None:
-    """1 GiB at 20 MiB/s per connection, and without a limit, ranges on and off."""
+def ranges(size: int = 1024 * MIB, runs: int = 3) -> None:
+    """1 GiB at 20 MiB/s per connection, for all together, and without a limit; on and off."""
     data = noise(size)
+    limit = 20 * MIB
+    off = "[registry]\nrange_connections = 1\n"
     with folder() as place, FakeRegistry() as fake:
         here = Path(place)
         name = publish(fake, data)
-        off = "[registry]\nrange_connections = 1\n"
-        limit = 20 * MIB
+
+        def timed(host: str, settings: str = "", known: int = 0) -> float:
+            if known:
+                with Store.open(here / "store") as store:
+                    HostRecords(store.path).learn(host, known, limit)
+            return pull(here, host, name, settings)[0]
+
         with counting_proxy(fake.host, bytes_per_second=limit, per_connection=True) as proxy:
-            alone, _ = pull(here, proxy.host, name, off)
-            first, _ = pull(here, proxy.host, name)
-            print(
-                f"1 GiB at 20 MiB/s per connection: {alone:.1f} s without ranges, {first:.1f} s "
-                f"with ({alone / first:.2f} times as fast), nothing known of the host"
+            # What one connection needs is arithmetic: once is enough.
+            alone = median("ranges: per connection, off, s", [timed(proxy.host, off)])
+            new = median("ranges: per connection, on, s", [timed(proxy.host) for _ in range(runs)])
+            again = median(
+                "ranges: per connection, known, s",
+                [timed(proxy.host, known=8) for _ in range(runs)],
             )
-            (here / "store").mkdir()
-            shutil.rmtree(here / "store")
-            with Store.open(here / "store") as store:
-                HostRecords(store.path).learn(proxy.host, 4, limit)
-            again, _ = pull(here, proxy.host, name)
-            print(f"  known from an earlier run: {again:.1f} s ({alone / again:.2f} times)")
-        with counting_proxy(fake.host, bytes_per_second=limit) as proxy:
-            alone, _ = pull(here, proxy.host, name, off)
-            shared, _ = pull(here, proxy.host, name)
-            print(f"  20 MiB/s for all together: {alone:.1f} s without, {shared:.1f} s with")
-        free = [pull(here, fake.host, name, off)[0] for _ in range(3)]
-        tried = [pull(here, fake.host, name)[0] for _ in range(3)]
         print(
-            f"  no limit: {statistics.median(free):.2f} s without, "
-            f"{statistics.median(tried):.2f} s with"
+            f"1 GiB at 20 MiB/s per connection: {alone:.1f} s without ranges, {new:.1f} s with "
+            f"({alone / new:.2f} times as fast); known from an earlier run {again:.1f} s "
+            f"({alone / again:.2f} times)"
         )
+        with counting_proxy(fake.host, bytes_per_second=limit) as proxy:
+            alone = median("ranges: shared line, off, s", [timed(proxy.host, off)])
+            shared = median("ranges: shared line, on, s", [timed(proxy.host)])
+        print(
+            f"  20 MiB/s for all together: {alone:.1f} s without, {shared:.1f} s with "
+            f"({shared / alone:.3f})"
+        )
+        free = median("ranges: no limit, off, s", [timed(fake.host, off) for _ in range(runs)])
+        tried = median("ranges: no limit, on, s", [timed(fake.host) for _ in range(runs)])
+        print(f"  no limit: {free:.2f} s without, {tried:.2f} s with")
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or ["faults", "broken", "breaking", "ranges"]
+    wanted = sys.argv[1:]
+    record = None
+    if wanted[:1] == ["--record"]:
+        record, wanted = Path(wanted[1]), wanted[2:]
     kinds = {"faults": faults, "broken": broken, "breaking": breaking, "ranges": ranges}
-    for name in wanted:
+    for name in wanted or kinds:
         kinds[name]()
+    if record is not None:
+        kept = json.loads(record.read_text()) if record.exists() else {}
+        record.write_text(json.dumps(kept | RECORD, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Descriptor, Image
     from stowray.pipeline.leases import Lease
+    from stowray.pipeline.limiter import SharedLimits
     from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
     from stowray.pipeline.progress import Progress, Report
@@ -436,12 +437,14 @@ class LocalEngine:
                 )
             return side
 
-    def _new_registry(self) -> Registry:
+    def _new_registry(self, *more: SharedLimits) -> Registry:
         from stowray.pipeline.node_limits import NodeLimits
         from stowray.pipeline.registry import Registry
 
         # Next to the store's locks: whoever shares the store shares what registries are asked.
-        limits = [NodeLimits(self.store.path / "locks" / "hosts")] if self.store.writable else []
+        limits = list(more)
+        if self.store.writable:
+            limits.append(NodeLimits(self.store.path / "locks" / "hosts"))
         return Registry(
             self.settings.registry,
             environment=self._environment,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import subprocess
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -50,6 +51,48 @@ def test_with_every_limit_at_one_many_blobs_with_different_roots_come_through(
     assert len(roots) > 1
     blobs = [request.path for request in registry.seen("/blobs/")]
     assert len(blobs) == len(set(blobs))
+
+
+def test_a_rate_of_requests_is_that_of_all_nodes_together(
+    drive: Callable[..., Driver], registry: FakeRegistry
+) -> None:
+    """Blobs with different roots: each node asks the registry for some of them."""
+    rate = 2.0
+    reference = add_image(registry, "rated", *(3000 + number for number in range(15)))
+    code, report = drive(reference, settings={"registry": {"requests_per_second": rate}}).finish()
+    assert code == 0
+    assert states(report) == dict.fromkeys(NODES, "ready")
+    # The config comes with the plan. Three nodes and more share the line, each of which would
+    # otherwise have one of its own.
+    asked = [request.time for request in registry.seen("/blobs/")][1:]
+    assert len(asked) >= 15
+    assert max(asked) - min(asked) >= 0.8 * (len(asked) - 1) / rate
+
+
+def test_a_pause_that_a_node_was_asked_for_holds_all(
+    drive: Callable[..., Driver], registry: FakeRegistry
+) -> None:
+    reference = add_image(registry, "paused", *(3000 + number for number in range(12)))
+    pause = 6.0
+    told: list[float] = []
+    first = Fault(
+        status=429,
+        headers=(("Retry-After", f"{pause:.0f}"),),
+        then=lambda: told.append(time.monotonic()),
+    )
+    digests = [digest for digest, data in registry.blobs.items() if 2900 < len(data) < 4500]
+    registry.fault(f"/blobs/{digests[0]}", first)
+    code, report = drive(reference, settings={"registry": {"requests_per_second": 2.0}}).finish()
+    assert code == 0
+    assert states(report) == dict.fromkeys(NODES, "ready")
+    (begun,) = told
+    # Nodes look at what others were told twice a second.
+    during = [
+        request.time - begun
+        for request in registry.seen("/blobs/")
+        if 2.0 < request.time - begun < pause - 0.5
+    ]
+    assert during == []
 
 
 def test_waves_go_on_while_enough_are_ready_and_no_further(

@@ -10,6 +10,7 @@ import pytest
 
 from stowray.actors.lease_book import LeaseBooks
 from stowray.actors.lease_client import LeaseClient
+from stowray.actors.run_limits import LOOK_SECONDS, RunLimits
 from stowray.pipeline.errors import NodeError, UsageError
 from stowray.pipeline.origin_leases import DEFAULT_TTL_SECONDS, Elsewhere, Granted, Later
 
@@ -124,3 +125,48 @@ def test_no_answer_is_an_error_and_what_is_held_stays_held(owner: Owner) -> None
 def test_an_unknown_question_is_refused(owner: Owner) -> None:
     with pytest.raises(UsageError):
         owner.client("a")._ask("burn")
+
+
+def limits(owner: Owner, node: str) -> RunLimits:
+    return RunLimits(owner.client(node), lambda: owner.now)
+
+
+def test_the_lines_of_a_registry_are_those_of_all_nodes_together(owner: Owner) -> None:
+    a, b = limits(owner, "a"), limits(owner, "b")
+    assert [a.book("h", "requests", 0.5), b.book("h", "requests", 0.5)] == [0.0, 0.5]
+    assert a.book("h", "requests", 0.5) == 1.0
+    # Other lines and other hosts are lines of their own.
+    assert [b.book("h", "bytes", 9.0), b.book("other", "requests", 9.0)] == [0.0, 0.0]
+    owner.now = 10.0
+    assert a.book("h", "requests", 0.5) == 0.0
+
+
+def test_a_pause_that_one_node_was_asked_for_is_kept_by_all(owner: Owner) -> None:
+    a, b = limits(owner, "a"), limits(owner, "b")
+    assert b.rest("h") == 0.0
+    a.pause("h", 20.0)
+    assert a.rest("h") == 20.0
+    owner.now = LOOK_SECONDS
+    assert b.rest("h") == 20.0 - LOOK_SECONDS
+    assert b.rest("other") == 0.0
+    asked = len(owner.questions)
+    owner.now = 19.0
+    assert b.rest("h") == 1.0
+    assert len(owner.questions) == asked, "what is known needs no question"
+    owner.now = 20.0
+    assert (a.rest("h"), b.rest("h")) == (0.0, 0.0)
+
+
+def test_without_an_owner_a_node_has_its_own_limits_alone(owner: Owner) -> None:
+    a = limits(owner, "a")
+    owner.is_up = False
+    assert a.book("h", "requests", 5.0) == 0.0
+    assert a.rest("h") == 0.0
+    a.pause("h", 5.0)
+    assert a.rest("h") == 5.0
+
+
+@pytest.mark.parametrize(("line", "seconds"), [("hours", 1.0), ("bytes", -1.0), ("bytes", 1e9)])
+def test_no_such_part_of_a_line(owner: Owner, line: str, seconds: float) -> None:
+    with pytest.raises(UsageError):
+        owner.client("a").book("h", line, seconds)
