@@ -104,8 +104,9 @@ bench: setup deps  ## side by side with the peers; see bench/README.md
 dist: setup  ## wheel, sdist, bill of materials and notices in dist/, checked and tried
 	$(BIN)/python release/dist.py
 
-docs: setup  ## the documentation as a site in build/site, made offline
+docs: setup  ## the documentation as a site in build/site, made offline, and the man page
 	$(BIN)/python docs/build.py build/site
+	$(BIN)/python docs/man.py docs
 
 all: check test  ## what CI runs
 

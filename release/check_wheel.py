@@ -43,9 +43,12 @@ def check_wheel(path: Path) -> str:
         infos = [info for info in wheel.infolist() if not info.is_dir()]
         names = {info.filename for info in infos}
         meta = f"stowray-{expected}.dist-info"
+        manual = f"stowray-{expected}.data/data/share/man/man1/stowray.1"
+        if manual not in names:
+            raise WrongError(f"{path.name} lacks its man page")
         for info in infos:
             name = PurePosixPath(info.filename)
-            if name.parts[0] == meta:
+            if name.parts[0] == meta or info.filename == manual:
                 continue
             if name.parts[0] != "stowray" or name.suffix not in KINDS:
                 raise WrongError(f"{path.name} holds {name}")

@@ -1,7 +1,8 @@
 """Make and check everything that a release consists of, in ``dist/``: ``make dist``.
 
-The wheel is built from the sdist, checked, and installed into a clean environment, where it has to
-run; of that environment come the bill of materials (CycloneDX) and the notices of third parties.
+The wheel is built from the sdist, checked, and installed into a clean environment of each Python
+that is here (on PATH, or pyenv's), where it has to run; so is the sdist, with this Python. Of one
+of them come the bill of materials (CycloneDX) and the notices of third parties.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -29,25 +29,57 @@ def run(*command: str | Path, output: Path | None = None) -> str:
     return done.stdout
 
 
-def environment(place: Path, *requirements: str | Path) -> Path:
+def environment(place: Path, python: str | Path, *requirements: str | Path) -> Path:
     """Make a clean environment with these requirements and return its programs' folder."""
-    venv.create(place, with_pip=True)
+    run(python, "-m", "venv", place)
     programs = place / "bin"
     run(programs / "python", "-m", "pip", "install", "--quiet", *requirements)
     return programs
 
 
+def pythons() -> dict[str, str]:
+    """Return the Pythons here that stowray is for, ``3.11`` to program, each that starts."""
+    found = {}
+    for minor in range(11, 15):
+        name = f"3.{minor}"
+        kept = sorted(Path.home().glob(f".pyenv/versions/{name}.*/bin/python"))
+        for program in (shutil.which(f"python{name}"), *map(str, kept)):
+            if program is None:
+                continue
+            look = [program, "-c", "import ensurepip, sys; print(*sys.version_info[:2], sep='.')"]
+            done = subprocess.run(look, stdout=subprocess.PIPE, text=True, check=False)
+            if done.returncode == 0 and done.stdout.strip() == name:
+                found[name] = program
+                break
+    return found
+
+
+def tried(programs: Path, version: str) -> None:
+    """See that an installed stowray runs, says its version, and has a manual."""
+    said = run(programs / "stowray", "--version")
+    if version not in said:
+        raise SystemExit(f"{programs}: version {said.strip()}, not {version}")
+    run(programs / "stowray", "demo", "--engine", "local", "--progress", "none")
+    if not (programs.parent / "share" / "man" / "man1" / "stowray.1").is_file():
+        raise SystemExit(f"{programs}: no man page")
+
+
 def main() -> int:
     """Build, check, install, describe."""
     shutil.rmtree(DIST, ignore_errors=True)
+    run(sys.executable, ROOT / "docs" / "man.py", ROOT / "docs")
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", DIST, ROOT)
     (wheel,), (sdist,) = DIST.glob("*.whl"), DIST.glob("*.tar.gz")
     print(run(sys.executable, ROOT / "release" / "check_wheel.py", wheel, sdist), end="")
     with tempfile.TemporaryDirectory(prefix="stowray-dist-") as folder:
-        clean = environment(Path(folder) / "clean", wheel)
-        print(run(clean / "stowray", "--version"), end="")
-        print(run(clean / "stowray", "demo", "--engine", "local", "--progress", "none"), end="")
-        tools = environment(Path(folder) / "tools", *TOOLS)
+        place, version = Path(folder), wheel.name.split("-")[1]
+        for name, python in pythons().items():
+            programs = environment(place / name, python, wheel)
+            tried(programs, version)
+            print(f"Python {name}: installed and run", flush=True)
+        tried(environment(place / "sdist", sys.executable, sdist), version)
+        clean = environment(place / "clean", sys.executable, wheel)
+        tools = environment(place / "tools", sys.executable, *TOOLS)
         name = wheel.name.partition("-py3")[0]
         run(
             *(tools / "cyclonedx-py", "environment", clean / "python"),

@@ -85,14 +85,21 @@ class HelpfulCommand(click.Command):
                 for line in examples:
                     formatter.write(f"{'':{formatter.current_indent}}{line}\n")
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the options in two lists."""
+    def option_rows(
+        self, ctx: click.Context
+    ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+        """Return the command's own options and the common ones, each with its help."""
         own: list[tuple[str, str]] = []
         common: list[tuple[str, str]] = []
         for parameter in self.get_params(ctx):
             record = parameter.get_help_record(ctx)
             if record is not None and isinstance(parameter, click.Option):
                 (common if parameter.name in self.common else own).append(record)
+        return own, common
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the options in two lists."""
+        own, common = self.option_rows(ctx)
         if own:
             with formatter.section("Options"):
                 formatter.write_dl(own)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -50,3 +51,25 @@ def test_shell_and_python_blocks_are_well_formed(page: Path) -> None:
         subprocess.run(["bash", "-n", "-c", code], check=True, timeout=60)
     for code in PYTHON.findall(source):
         compile(code, str(page), "exec")
+
+
+def test_the_manual_has_every_command_option_and_status(tmp_path: Path) -> None:
+    subprocess.run(
+        [sys.executable, str(ROOT / "docs" / "man.py"), str(tmp_path)], check=True, timeout=120
+    )
+    made = (tmp_path / "stowray.1").read_text(encoding="utf-8")
+    kept = (ROOT / "docs" / "stowray.1").read_text(encoding="utf-8")
+    for name in COMMANDS:
+        for source in (made, kept):
+            assert f"\n.B stowray {name} " in source, f"{name}: make docs writes docs/stowray.1"
+    assert ".B \\-\\-log\\-json" in made
+    assert "\n.B 130\n" in made
+
+
+@pytest.mark.skipif(shutil.which("groff") is None, reason="no groff here")
+def test_the_manual_is_troff_without_a_complaint(tmp_path: Path) -> None:
+    page = ROOT / "docs" / "stowray.1"
+    done = subprocess.run(
+        ["groff", "-man", "-ww", "-z", "-k", str(page)], capture_output=True, check=True, timeout=60
+    )
+    assert done.stderr == b""
