@@ -17,9 +17,10 @@ from stowray.pipeline.redact import host_of, public_url
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stowray.pipeline.client import Answer, Client
+    from stowray.pipeline.client import Client
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.endpoint import Endpoint
+    from stowray.pipeline.exchanges import Answer
     from stowray.pipeline.reference import Reference
     from stowray.pipeline.response import Response
 

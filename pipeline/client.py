@@ -1,8 +1,7 @@
 """Requests to registries: scheme, login, redirects, permits; and their answers.
 
-Invariant: a login never follows a redirect to another scheme, host or port; a redirect leads
-neither to anything but http(s), nor from https to http, nor to an address nearer than the registry;
-at most ten hops and two answered challenges per request; a permit is out only while an exchange is.
+Invariant: a login never follows a redirect to another scheme, host or port; at most ten hops and
+two answered challenges per request. Single exchanges are made by ``exchanges``.
 """
 
 from __future__ import annotations
@@ -11,25 +10,21 @@ import threading
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin
 
 from stowray.pipeline.addresses import (
     canonical_address,
     is_loopback,
     realm_refusal,
-    refusal,
     same_origin,
 )
-from stowray.pipeline.answers import Refusal
-from stowray.pipeline.answers import refusal as read_refusal
 from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
-from stowray.pipeline.endpoint import Connection, Endpoint
+from stowray.pipeline.endpoint import Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
 from stowray.pipeline.exchange_errors import NOT_TLS
+from stowray.pipeline.exchanges import Answer, Exchanges, RefusedAnswer
 from stowray.pipeline.notices import Notices
 from stowray.pipeline.redact import host_of, public_url
-from stowray.pipeline.retry import retry_after
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable
@@ -45,21 +40,6 @@ HOP_LIMIT = 10
 CHALLENGE_LIMIT = 2
 PROBE_SECONDS = 2.0
 FOREIGN = "a layer's descriptor"
-# A mirror may save time, not cost it: the registry itself answers within seconds.
-MIRROR_SECONDS = 10.0
-
-
-class Answer:
-    """The last answer of a request, past redirects and challenges, and how it was asked for."""
-
-    def __init__(self, response: Response, grant: Grant, *, redirected: bool) -> None:
-        self.response = response
-        self.grant = grant
-        self.redirected = redirected
-
-    def refusal(self) -> Refusal:
-        """Return what the answer says went wrong; its connection is given back."""
-        return read_refusal(self.response)
 
 
 def never() -> bool:
@@ -83,12 +63,12 @@ class Client:
         self._transport = transport
         self._limiter = limiter
         self._plain_http = frozenset(plain_http)
-        self._clock = clock
         self._secrets = transport.secrets
         self._secrets.add_source(credentials.known_secrets)
         self._notices = Notices(self._secrets, limiter, warn)
         self._lock = threading.Lock()
         self._schemes: dict[tuple[str, bool], str] = {}
+        self._exchanges = Exchanges(transport, limiter, self._notices, plain_http, clock)
         self._auth = Authenticator(
             self._ask_realm,
             credentials,
@@ -214,18 +194,18 @@ class Client:
                 ):
                     # A signed URL lives for minutes: the registry has a new one.
                     continue
-                return _Refused(answer, refused)
+                return RefusedAnswer(answer, refused)
             return answer
 
     def get_foreign(self, url: str, cancelled: Callable[[], bool]) -> Answer:
         """Return the answer to a GET of a layer's own URL; nobody's login goes there."""
         scheme, host = url.partition("://")[0], host_of(url)
-        ask = partial(self._exchange, "GET", headers=(), document=False, cancelled=cancelled)
+        ask = partial(self._exchanges.make, "GET", headers=(), document=False, cancelled=cancelled)
         response = ask(url, sent_by=FOREIGN, is_foreign=True)
         for _ in range(HOP_LIMIT):
             if response.status not in REDIRECTS:
                 return Answer(response, Grant(), redirected=False)
-            url = self._next(response, url, Resource(host, scheme, host, ""))
+            url = self._exchanges.next_url(response, url, Resource(host, scheme, host, ""))
             response = ask(url, sent_by=FOREIGN, is_foreign=True)
         response.close()
         raise RegistryError(response.shown_url, 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
@@ -280,7 +260,7 @@ class Client:
             if not same_origin(first, url):
                 # Once left, the registry gets no login either: it was not it that led back.
                 left, own = True, ()
-            response = self._exchange(
+            response = self._exchanges.make(
                 method,
                 url,
                 (*headers, *own),
@@ -297,32 +277,9 @@ class Client:
                 return Answer(response, grant, redirected=left)
             if hop == HOP_LIMIT:
                 break
-            url = self._next(response, url, resource)
+            url = self._exchanges.next_url(response, url, resource)
         response.close()
         raise RegistryError(public_url(first), 0, "REDIRECT", f"more than {HOP_LIMIT} redirects")
-
-    def _next(self, response: Response, url: str, resource: Resource) -> str:
-        """Return where a redirect leads, its answer's connection given back."""
-        location = response.header("Location")
-        status = response.status
-        response.finish()
-        if not location:
-            raise RegistryError(response.shown_url, status, "REDIRECT", "a redirect to nowhere")
-        try:
-            target = urljoin(url, location)
-            reason = refusal(
-                target,
-                registry=resource.host,
-                scheme=url.partition(":")[0],
-                trusted=self._plain_http,
-            )
-        except ValueError:
-            target, reason = "", "not a URL"
-        if reason:
-            where = self._secrets.url(target) or "somewhere"
-            detail = f"the redirect to {where} is refused: {reason}"
-            raise RegistryError(response.shown_url, status, "REDIRECT", detail)
-        return target
 
     def _ask_elsewhere(
         self,
@@ -345,7 +302,7 @@ class Client:
         self._auth.challenged(there, demanded, Grant(), lambda: ())
         grant = self._auth.grant(there, cancelled)
         own = (("Authorization", grant.header),) if grant.header else ()
-        return self._exchange(
+        return self._exchanges.make(
             method,
             url,
             (*headers, *own),
@@ -355,71 +312,12 @@ class Client:
             is_foreign=True,
         )
 
-    def _exchange(
-        self,
-        method: str,
-        url: str,
-        headers: Iterable[tuple[str, str]],
-        *,
-        body: bytes | None = None,
-        document: bool,
-        cancelled: Callable[[], bool],
-        patience_seconds: float | None = None,
-        resource: Resource | None = None,
-        sent_by: str = "",
-        is_foreign: bool = False,
-    ) -> Response:
-        """Make one exchange with a permit; ``is_foreign`` when others named ``url``."""
-        host = host_of(url)
-        connection = Connection()
-        if resource is not None:
-            is_there = same_origin(url, f"{resource.scheme}://{resource.host}")
-            connection = resource.connection if is_there else resource.connection.elsewhere
-            if host != resource.host:
-                sent_by = resource.host
-            if document and not resource.home and patience_seconds is None:
-                patience_seconds = min(MIRROR_SECONDS, self._transport.patience_seconds)
-        release = self._limiter.acquire(
-            host,
-            document=document,
-            cancelled=cancelled,
-            can_leave=resource is not None and not resource.home,
-        )
-        try:
-            response = self._transport.exchange(
-                method,
-                url,
-                headers,
-                body=body,
-                cancelled=cancelled,
-                patience_seconds=patience_seconds,
-                connection=connection,
-                sent_by="" if self._is_trusted(url) else sent_by,
-                is_foreign=is_foreign,
-            )
-        except BaseException:
-            release()
-            raise
-        response.on_close(release)
-        if response.status in (429, 503):
-            seconds = retry_after(response.header("Retry-After"), self._clock.wall())
-            if seconds is not None:
-                # All threads slow down, not only the one that was told.
-                self._limiter.pause(host, seconds)
-        self._notices.read(response, host)
-        return response
-
-    def _is_trusted(self, url: str) -> bool:
-        scheme, host = url.partition(":")[0], host_of(url)
-        wanted = canonical_address(scheme, host)
-        return any(canonical_address(scheme, known) == wanted for known in self._plain_http)
-
     def _ask_realm(
         self, method: str, url: str, headers: Headers, body: bytes | None, resource: Resource
     ) -> Response:
         """Make the exchange for a token; a redirect is followed without the login."""
         for _ in range(HOP_LIMIT):
-            response = self._exchange(
+            response = self._exchanges.make(
                 method,
                 url,
                 headers,
@@ -431,7 +329,7 @@ class Client:
             )
             if response.status not in REDIRECTS or method != "GET":
                 return response
-            target = self._next(response, url, resource)
+            target = self._exchanges.next_url(response, url, resource)
             reason = realm_refusal(
                 target,
                 registry=resource.host,
@@ -447,7 +345,7 @@ class Client:
 
     def _root_challenge(self, resource: Resource, cancelled: Callable[[], bool]) -> Iterable[str]:
         url = f"{resource.scheme}://{resource.host}{resource.path}/"
-        with self._exchange(
+        with self._exchanges.make(
             "GET", url, resource.headers, resource=resource, document=True, cancelled=cancelled
         ) as response:
             demanded = response.header_values("WWW-Authenticate")
@@ -463,7 +361,7 @@ class Client:
         because a plain server may wait for the end of what it takes for a long first line.
         """
         try:
-            with self._exchange(
+            with self._exchanges.make(
                 "GET",
                 f"https://{resource.host}{resource.path}/",
                 (),
@@ -484,14 +382,3 @@ class Client:
     def _learn_scheme(self, place: tuple[str, bool], scheme: str) -> None:
         with self._lock:
             self._schemes[place] = scheme
-
-
-class _Refused(Answer):
-    """An answer whose refusal was read already."""
-
-    def __init__(self, answer: Answer, refused: Refusal) -> None:
-        super().__init__(answer.response, answer.grant, redirected=answer.redirected)
-        self._refused = refused
-
-    def refusal(self) -> Refusal:
-        return self._refused

@@ -38,8 +38,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stowray.pipeline.answers import Refusal
-    from stowray.pipeline.client import Answer, Client
+    from stowray.pipeline.client import Client
     from stowray.pipeline.endpoint import Endpoint
+    from stowray.pipeline.exchanges import Answer
     from stowray.pipeline.reference import Reference
 
 ACCEPTED = tuple(("Accept", value) for value in (*ACCEPT, "*/*"))
