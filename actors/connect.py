@@ -16,6 +16,7 @@ from stowray.actors.session import warm_session
 from stowray.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from contextlib import ExitStack
 
     from stowray.actors.embedded import RayAddress
@@ -23,12 +24,17 @@ if TYPE_CHECKING:
 
 
 def connect(
-    settings: Settings, stack: ExitStack, *, embedded_nodes: int = 1
+    settings: Settings,
+    stack: ExitStack,
+    *,
+    embedded_nodes: int = 1,
+    leaves: Callable[[], bool] = lambda: False,
 ) -> tuple[RayAddress, bool]:
     """Connect until ``stack`` is closed; return the Ray and whether it is this node's session.
 
-    A Ray that is started here has ``embedded_nodes`` nodes. Raises NodeError, DeadlineError,
-    UsageError.
+    A Ray that is started here has ``embedded_nodes`` nodes. ``leaves`` is asked in the end whether
+    this process ends with the stack: then a session is left without the goodbye. Raises NodeError,
+    DeadlineError, UsageError.
     """
     address = settings.address or os.environ.get("RAY_ADDRESS", "")
     if "://" in address:
@@ -41,6 +47,6 @@ def connect(
         return stack.enter_context(attached_ray(address)), False
     session = None if address else warm_session()
     if session is not None and embedded_nodes == 1:
-        ray = attached_ray(session.address, token_path=Path(session.token_path))
+        ray = attached_ray(session.address, token_path=Path(session.token_path), leaves=leaves)
         return stack.enter_context(ray), True
     return stack.enter_context(embedded_ray(nodes=embedded_nodes)), False

@@ -8,6 +8,7 @@ with a wrong token.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import signal
@@ -24,7 +25,7 @@ from stowray.pipeline.errors import DeadlineError, NodeError
 from stowray.pipeline.settings import NODE_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
 NAMESPACE = "stowray"
@@ -78,9 +79,16 @@ def embedded_ray(*, num_cpus: int | None = None, nodes: int = 1) -> Iterator[Ray
 
 @contextmanager
 def attached_ray(
-    address: str, *, token_path: Path | None = None, seconds: float = ATTACH_SECONDS
+    address: str,
+    *,
+    token_path: Path | None = None,
+    seconds: float = ATTACH_SECONDS,
+    leaves: Callable[[], bool] = lambda: False,
 ) -> Iterator[RayAddress]:
-    """Connect to the Ray at ``address``; with ``token_path`` to one that Stowray started."""
+    """Connect to the Ray at ``address``; with ``token_path`` to one that Stowray started.
+
+    ``leaves`` tells in the end whether this process is about to end too.
+    """
     settings = (
         environment.private_settings(token_path)
         if token_path is not None
@@ -100,7 +108,12 @@ def attached_ray(
             node_id, gcs_address = _here()
             yield RayAddress(gcs_address, node_id, is_own=False, token_path=token_path)
         finally:
-            _shut_down(gcs_address)
+            if leaves():
+                # Ray's goodbye may take a quarter of a second, and a process that is gone says as
+                # much. Nothing here was started for this process, so that nothing waits for it.
+                atexit.unregister(ray.shutdown)
+            else:
+                _shut_down(gcs_address)
 
 
 @contextmanager

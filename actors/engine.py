@@ -265,7 +265,7 @@ class RayEngine(LocalEngine):
             return self._link
 
     def _connect(self) -> Link:
-        ray, is_session = connect(self.settings, self._stack)
+        ray, is_session = connect(self.settings, self._stack, leaves=lambda: self.is_last)
         return self._crew_of_session(ray) if is_session else self._crew_of_run(ray)
 
     def _crew_of_session(self, ray: RayAddress) -> Link:

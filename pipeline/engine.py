@@ -91,6 +91,8 @@ class LocalEngine:
         self.snapshots = Snapshots(self.store)
         self.on_begin: Callable[[], None] | None = None
         self.on_warning: Callable[[str], None] | None = None
+        # Whether the process ends with this engine, so that nobody need see to what ends with it.
+        self.is_last = False
         self._warned: set[str] = set()
         self._begun = False
         self._fork_workers = fork_workers

@@ -29,7 +29,7 @@ def leave(status: int) -> None:
     import os
     import threading
 
-    if threading.active_count() > 1:
+    if any(not thread.daemon for thread in threading.enumerate()[1:]):
         sys.exit(status)
     atexit._run_exitfuncs()
     try:

@@ -43,6 +43,7 @@ class Work:
         self.engine: LocalEngine = context.engine(self.progress, fork_workers=forks)
         self._warnings: list[str] = []
         self.engine.on_warning = self._warnings.append
+        self.engine.is_last = True
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):

@@ -48,6 +48,16 @@ def test_threads_are_waited_for() -> None:
     assert (ended.returncode, ended.stdout) == (0, "late\n")
 
 
+def test_threads_that_nothing_waits_for_do_not_keep_it() -> None:
+    ended = leave(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "print('done'); leave(4)",
+        stdout=subprocess.PIPE,
+    )
+    assert (ended.returncode, ended.stdout) == (4, "done\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 def test_output_that_finds_no_room_is_told_as_ever() -> None:
     with Path("/dev/full").open("w") as full:
