@@ -1,7 +1,7 @@
 """How a pull grows: with the size of a layer, layers, files, pulls at once, connections.
 
-    python -m bench.curves [--only size,layers,files,pulls,connections] [--runs 3] [--largest MIB]
-                           [--most-files N] [--workdir DIR] [--record FILE]
+    python -m bench.curves [--only size,layers,files,pulls,large-pulls,connections] [--runs 3]
+                           [--largest MIB] [--most-files N] [--workdir DIR] [--record FILE]
 
 Whole processes, cold stores in memory, a `docker-registry` on loopback; medians. The record is
 JSON, and a picture of each curve goes beside it.
@@ -111,7 +111,7 @@ def small_files(count: int, folder: str = "data") -> Iterator[entries.Entry]:
 
 def size(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
     rows = []
-    for mebibytes in (64, 256, 1024, 4096):
+    for mebibytes in (64, 256, 1024, 2048, 4096):
         if mebibytes <= arguments.largest:
             bench.publish(f"size{mebibytes}", [list(big_files(mebibytes))])
             row = bench.measure(bench.pull(f"size{mebibytes}"))
@@ -140,10 +140,20 @@ def files(bench: Bench, arguments: argparse.Namespace) -> list[Row]:
 
 
 def pulls(bench: Bench, _: argparse.Namespace) -> list[Row]:
+    """Pulls of images so small that the starts of as many programs weigh most."""
+    return overlapping(bench, 128, 1500)
+
+
+def large_pulls(bench: Bench, _: argparse.Namespace) -> list[Row]:
+    """Pulls of images as large as those that are worth sharing."""
+    return overlapping(bench, 1024, 6000)
+
+
+def overlapping(bench: Bench, mebibytes: int, files: int) -> list[Row]:
     """Pulls into one store at once; each image shares layers with its neighbours and all others."""
     most = 8
-    parts = [list(small_files(1500, f"part{number}")) for number in range(most + 1)]
-    base = list(big_files(128))
+    parts = [list(small_files(files, f"part{number}")) for number in range(most + 1)]
+    base = list(big_files(mebibytes))
     for number in range(most):
         bench.publish(f"overlap{number}", [base, parts[number], parts[number + 1]])
     rows = []
@@ -178,6 +188,11 @@ CURVES: dict[str, tuple[Callable[[Bench, argparse.Namespace], list[Row]], str, s
     "layers": (layers, "layers of 20 small files", "seconds"),
     "files": (files, "files of 1 KiB in one layer", "microseconds per file"),
     "pulls": (pulls, "pulls at once into one store", "time / their union pulled once"),
+    "large-pulls": (
+        large_pulls,
+        "pulls at once into one store, of larger images",
+        "time / their union pulled once",
+    ),
     "connections": (connections, "connections of 20 MiB/s each", "speed / their sum"),
 }
 
