@@ -12,18 +12,25 @@ import sys
 from typing import TYPE_CHECKING, TextIO
 
 from stowray.pipeline.errors import escape
-from stowray.text import seconds_text, size_text
+from stowray.text import left_text, seconds_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from rich.console import Group, RenderableType
     from rich.live import Live
+    from rich.text import Text
 
     from stowray.pipeline.progress import Event, Key, Progress
 
 _PHASES = {"blob": "fetch", "layer": "unpack"}
 _SHORT = 12
+# What nobody types stands before most names and says nothing.
+_HUB = "docker.io/library/"
+_ROWS = 12
+# Columns of a terminal: what stands beside the bar, and from where there is room for more.
+_BESIDE_BAR, _BAR_LEAST, _BAR_MOST, _MEDIUM, _WIDE = 58, 10, 60, 56, 72
+_PACE_SECONDS, _PACE_LEAST = 5.0, 1.0
 
 
 def attach(progress: Progress, mode: str, stream: TextIO | None = None) -> Callable[[], None]:
@@ -111,6 +118,7 @@ class LiveView:
         self._stream = stream
         self._events: dict[Key, Event] = {}
         self._live: Live | None = None
+        self._paces: dict[str, Pace] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Take over the changed events and draw."""
@@ -123,7 +131,7 @@ class LiveView:
             console = Console(file=self._stream, highlight=False)
             self._live = Live(console=console, auto_refresh=False, transient=False)
             self._live.start()
-        self._live.update(self.render(), refresh=True)
+        self._live.update(self.render(self._live.console.width), refresh=True)
 
     def stop(self) -> None:
         """Leave the last picture and give the terminal back."""
@@ -131,39 +139,75 @@ class LiveView:
             self._live.stop()
             self._live = None
 
-    def render(self) -> Group:
-        """Return the picture of the present state."""
+    def render(self, width: int = 80) -> Group:
+        """Return the picture of the present state for a terminal of ``width`` columns."""
         from rich.console import Group
 
         references = dict.fromkeys(event.reference for event in self._events.values())
-        return Group(*(self._image(reference) for reference in references))
+        return Group(*(self._image(reference, width) for reference in references))
 
-    def _image(self, reference: str) -> Group:
+    def _image(self, reference: str, width: int) -> Group:
         from rich.console import Group
         from rich.table import Table
-        from rich.text import Text
 
         events = [event for event in self._events.values() if event.reference == reference]
-        work = [event for event in events if event.kind in _PHASES]
-        current = sum(event.current for event in work)
-        total = sum(event.total for event in work)
         ended = next((e for e in events if e.kind == "image" and e.is_final), None)
+        work = [event for event in events if event.kind in _PHASES]
+        head = self._head(reference, events, work, ended)
+        active = [event for event in work if not event.is_final and event.status != "waiting"]
+        if not active or ended:
+            return Group(head)
+        table = Table.grid(padding=(0, 1), expand=False)
+        for event in active[:_ROWS]:
+            table.add_row(*_row(event, width))
+        if len(active) > _ROWS:
+            table.add_row("", f"… and {len(active) - _ROWS} more", "", "")
+        return Group(head, table)
+
+    def _head(
+        self, reference: str, events: list[Event], work: list[Event], ended: Event | None
+    ) -> Text:
+        from rich.text import Text
+
         state = _state(events, ended)
         head = Text.assemble(
-            (f"{escape(reference)}  ", "bold"),
+            (f"{escape(reference.removeprefix(_HUB))}  ", "bold"),
             (state, "red" if state == "failed" else "green" if ended else "cyan"),
+            no_wrap=True,
+            overflow="ellipsis",
         )
-        if total and not ended:
-            head.append(f"  {100 * current // total}%")
         if ended:
             head.append(f"  {seconds_text(ended.completed - min(e.started for e in events))}")
-        table = Table.grid(padding=(0, 1), expand=False)
-        active = [event for event in work if not event.is_final and event.status != "waiting"]
-        for event in active[:12]:
-            table.add_row(*_row(event))
-        if len(active) > 12:
-            table.add_row("", f"… and {len(active) - 12} more", "", "")
-        return Group(head, table) if active else Group(head)
+            return head
+        current, total = (sum(e.current for e in work), sum(e.total for e in work))
+        if total:
+            head.append(f"  {100 * current // total}%")
+            pace = self._paces.setdefault(reference, Pace())
+            pace.note(max(event.time for event in work), current)
+            left = pace.seconds_for(total - current)
+            if left is not None:
+                head.append(f"  about {left_text(left)} left", style="dim")
+        return head
+
+
+class Pace:
+    """How fast work went lately, for a guess at how long the rest takes."""
+
+    def __init__(self) -> None:
+        self._noted: list[tuple[float, int]] = []
+
+    def note(self, moment: float, done: int) -> None:
+        """Take in how much is ``done`` at a ``moment`` (seconds); old notes go."""
+        self._noted.append((moment, done))
+        while len(self._noted) > 2 and moment - self._noted[1][0] > _PACE_SECONDS:
+            del self._noted[0]
+
+    def seconds_for(self, rest: int) -> float | None:
+        """Return how long ``rest`` more takes at this pace; None before it is known."""
+        (first, before), (last, done) = self._noted[0], self._noted[-1]
+        if last - first < _PACE_LEAST or done <= before:
+            return None
+        return float(max(1, round(rest * (last - first) / (done - before))))
 
 
 def _state(events: list[Event], ended: Event | None) -> str:
@@ -174,19 +218,29 @@ def _state(events: list[Event], ended: Event | None) -> str:
     return "resolving"
 
 
-def _row(event: Event) -> tuple[RenderableType, ...]:
+def _row(event: Event, width: int) -> tuple[RenderableType, ...]:
+    """Return a layer's columns; a narrow terminal has no room for the last ones."""
     from rich.progress_bar import ProgressBar
     from rich.text import Text
 
     phase = "retry" if event.status == "retrying" else _PHASES[event.kind]
-    seconds = max(event.time - event.started, 0.001)
-    return (
+    # Only of the time that it was worked on: it may have waited for a connection.
+    seconds = max(event.time - (event.begun or event.started), 0.001)
+    done = size_text(event.current)
+    columns: list[RenderableType] = [
         Text(f"  {_short(event)}", style="dim"),
         Text(f"{phase:<6}", style="yellow" if phase == "retry" else ""),
-        ProgressBar(total=event.total or None, completed=event.current, width=24),
-        Text(f"{size_text(event.current)} / {size_text(event.total)}", style="dim"),
-        Text(f"{size_text(event.current / seconds)}/s", style="dim"),
-    )
+        ProgressBar(
+            total=event.total or None,
+            completed=event.current,
+            width=min(_BAR_MOST, max(_BAR_LEAST, width - _BESIDE_BAR)),
+        ),
+    ]
+    if width >= _MEDIUM:
+        columns.append(Text(f"{done:>9} / {size_text(event.total)}", style="dim"))
+    if width >= _WIDE:
+        columns.append(Text(f"{size_text(event.current / seconds)}/s", style="dim"))
+    return tuple(columns)
 
 
 def _short(event: Event) -> str:

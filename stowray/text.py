@@ -23,6 +23,11 @@ def seconds_text(seconds: float) -> str:
     return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
 
 
+def left_text(seconds: float) -> str:
+    """Return a guess at a duration: ``4 s``, ``3 min 05 s``."""
+    return f"{seconds:.0f} s" if seconds < 10 else seconds_text(seconds)
+
+
 def age_text(seconds: float) -> str:
     """Return how long ago something was: ``5 minutes``, ``3 days``."""
     for length, unit in ((86400, "day"), (3600, "hour"), (60, "minute")):
