@@ -118,23 +118,34 @@ class LiveView:
         self._stream = stream
         self._events: dict[Key, Event] = {}
         self._live: Live | None = None
+        self._ended = False
         self._paces: dict[str, Pace] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Take over the changed events and draw."""
         for event in events:
             self._events[event.key] = event
+        if self._ended:
+            return
         if self._live is None:
             from rich.console import Console
             from rich.live import Live
 
             console = Console(file=self._stream, highlight=False)
-            self._live = Live(console=console, auto_refresh=False, transient=False)
+            # What is printed meanwhile goes above the picture, but an answer that goes elsewhere
+            # than to the terminal is none of the console's.
+            self._live = Live(
+                console=console,
+                auto_refresh=False,
+                redirect_stdout=sys.stdout.isatty(),
+                redirect_stderr=sys.stderr.isatty(),
+            )
             self._live.start()
         self._live.update(self.render(self._live.console.width), refresh=True)
 
     def stop(self) -> None:
-        """Leave the last picture and give the terminal back."""
+        """Leave the last picture and give the terminal back, for good."""
+        self._ended = True
         if self._live is not None:
             self._live.stop()
             self._live = None

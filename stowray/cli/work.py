@@ -42,6 +42,7 @@ class Work:
         self.watchers: list[Callable[[Sequence[Event]], None]] = []
         self.engine: LocalEngine = context.engine(self.progress, fork_workers=forks)
         self._warnings: list[str] = []
+        self._end_display: Callable[[], None] = _nothing
         self.engine.on_warning = self._warnings.append
         self.engine.is_last = True
 
@@ -53,6 +54,7 @@ class Work:
     def __exit__(self, *details: object) -> None:
         self.engine.close()
         self.progress.close()
+        self._end_display()
         log = self._context.log
         for text in self._warnings:
             log("warning", "warning", text if log.as_json else f"warning: {text}")
@@ -77,7 +79,7 @@ class Work:
                 self.progress.watch(LogLines(log))
             if self._context.value("progress") is None:
                 return
-        attach(
+        self._end_display = attach(
             self.progress,
             "none" if self._context.value("quiet") else self._context.value("progress", "auto"),
         )
@@ -94,7 +96,8 @@ class Work:
         """
         self.engine.on_begin = self._start_display
         if len(references) == 1:
-            return self._answer(references[0], lambda: work(references[0], self.cancelled), show)
+            only = references[0]
+            return self._answer(only, lambda: work(only, self.cancelled), show, last=True)
         self.engine.begin()
         with ThreadPoolExecutor(PARALLEL, thread_name_prefix="pull") as pool:
             futures = [pool.submit(work, reference, self.cancelled) for reference in references]
@@ -106,17 +109,30 @@ class Work:
             return 130
         return 1 if any(statuses) else 0
 
-    def _answer(self, reference: str, get: Callable[[], Any], show: Callable[[Any], None]) -> int:
+    def _answer(
+        self,
+        reference: str,
+        get: Callable[[], Any],
+        show: Callable[[Any], None],
+        *,
+        last: bool = False,
+    ) -> int:
         try:
             answer = get()
         except StowrayError as error:
-            self.progress.flush()
+            self._told(last=last)
             if self.cancelled() and not isinstance(error, CancelledError):
                 error = CancelledError(reference)
             return fail(error, self._context, reference)
-        self.progress.flush()
+        self._told(last=last)
         show(answer)
         return 0
+
+    def _told(self, *, last: bool) -> None:
+        """Show progress up to now; the ``last`` answer stands below a picture that is done."""
+        self.progress.flush()
+        if last:
+            self._end_display()
 
     def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
         if self._interrupted.is_set():
@@ -124,6 +140,10 @@ class Work:
             os._exit(130)
         self._interrupted.set()
         os.write(2, b"stowray: stopping; what was fetched is kept (again to leave at once)\n")
+
+
+def _nothing() -> None:
+    """Do nothing: the end of a display that was never begun."""
 
 
 def _waiting(future: Future[Any]) -> Callable[[], Any]:

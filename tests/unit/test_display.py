@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pty
 import subprocess
@@ -114,3 +115,30 @@ def test_no_color_leaves_no_colours(tmp_path: Path, colours: bool) -> None:
         shown = seen.read(1 << 16)
     assert b"done" in shown
     assert (b"\x1b[32m" in shown) is colours
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_an_answer_goes_where_it_should_beside_a_live_view(tmp_path: Path, count: int) -> None:
+    """As in ``D=$(stowray pull …)`` at a prompt: the view is the terminal's, the answer is not."""
+    main, side = pty.openpty()
+    with FakeRegistry() as registry:
+        names = []
+        for number in range(count):
+            registry.add_image("a/b", str(number), [small_tar({"a": b"1" * (number + 1)})])
+            names.append(f"{registry.host}/a/b:{number}")
+        words = ["--store", str(tmp_path / "s"), "--engine", "local", "--json", "pull", *names]
+        with open(side, "wb", buffering=0) as terminal:
+            done = subprocess.run(
+                [sys.executable, "-m", "stowray", *words],
+                stderr=terminal,
+                stdout=subprocess.PIPE,
+                env={"PATH": os.environ["PATH"], "TERM": "xterm-256color"},
+                check=True,
+                timeout=120,
+            )
+    with open(main, "rb", buffering=0) as seen:
+        shown = seen.read(1 << 16)
+    answers = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [answer["reference"] for answer in answers] == names
+    # The terminal has its cursor back.
+    assert shown.rfind(b"\x1b[?25h") > shown.rfind(b"\x1b[?25l") >= 0
