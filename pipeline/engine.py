@@ -14,13 +14,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.digest import Digest
-from stowray.pipeline.documents import MANIFEST_LIMIT
 from stowray.pipeline.errors import ContentError, StowrayError
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
-from stowray.pipeline.records import ReferenceRecord
-from stowray.pipeline.resolve import Request, Resolver, document_digests
+from stowray.pipeline.pull_record import (
+    all_digests,
+    record_image,
+    report_present,
+    stage_seconds,
+)
+from stowray.pipeline.resolve import Request, Resolver
 from stowray.pipeline.result import make_result
 from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
@@ -166,7 +169,7 @@ class LocalEngine:
         lease = self.store.lease(f"image {source.canonical}")
         try:
             image = self.image(source, options, cancelled)
-            lease.add(digests=_all_digests(image), chain_ids=image.chain_ids)
+            lease.add(digests=all_digests(image), chain_ids=image.chain_ids)
         except BaseException:
             lease.close()
             raise
@@ -187,7 +190,7 @@ class LocalEngine:
             begun = time.perf_counter()
             image, requests = self._resolve(source, options, cancelled)
             seconds = time.perf_counter() - begun
-            lease.add(digests=_all_digests(image), chain_ids=image.chain_ids)
+            lease.add(digests=all_digests(image), chain_ids=image.chain_ids)
             return self._pull(source, image, options, cancelled, requests, seconds)
 
     def pull_image(
@@ -213,7 +216,7 @@ class LocalEngine:
             seconds = time.perf_counter() - begun
             results: list[PullResult] = []
             for image in found:
-                lease.add(digests=_all_digests(image), chain_ids=())
+                lease.add(digests=all_digests(image), chain_ids=())
                 requests = 0 if results else request.manifest_requests
                 results.append(self._pull(source, image, options, cancelled, requests, seconds))
             return results
@@ -231,7 +234,7 @@ class LocalEngine:
         report = self.progress.reporter(source.canonical)
         self._keep_documents(source, image, options, cancelled)
         plan = self._plan(image, options)
-        _report_present(report, plan)
+        report_present(report, plan)
         try:
             outcomes = self._carry_out(source, image, plan, report, cancelled)
         except ContentError:
@@ -241,10 +244,10 @@ class LocalEngine:
                 raise
             plan = self._plan(image, options)
             outcomes = self._carry_out(source, image, plan, report, cancelled)
-        self._record(source, image, options)
+        record_image(self.store, source, image, unpacked=options.unpack)
         if options.sync:
             self.store.sync()
-        seconds = _seconds(plan, outcomes, resolve_seconds, time.perf_counter() - begun)
+        seconds = stage_seconds(plan, outcomes, resolve_seconds, time.perf_counter() - begun)
         report("image", source.canonical, "done")
         return make_result(
             source.canonical,
@@ -274,16 +277,6 @@ class LocalEngine:
         if not all(self.store.has(document.digest, document.size) for document in documents):
             request, resolver = self._request(source, options, cancelled)
             resolver.keep_documents(request, image)
-
-    def _record(self, source: Source, image: Image, options: PullOptions) -> None:
-        """Record the image, with the OCI twin of a Docker manifest beside it."""
-        twin = _twin(image, self.store)
-        if twin is not None:
-            self.store.put_blob(Digest.of(twin), twin)
-        self.store.record_reference(_make_record(source, image, options, self.store, twin))
-        if twin is not None and not self.store.has(Digest.of(twin)):
-            # Collected just before the record could protect it.
-            self.store.put_blob(Digest.of(twin), twin)
 
     @contextmanager
     def _reported(self, source: Source) -> Iterator[None]:
@@ -459,72 +452,3 @@ class LocalEngine:
 def _origin_key(source: Source) -> str:
     """Return what tells origins apart: all registries are one, each image on disk is its own."""
     return source.canonical if isinstance(source, DiskImage) else ""
-
-
-def _all_digests(image: Image) -> tuple[str, ...]:
-    """Return what a lease on the image holds: documents, layers, and staged trees by diff ID."""
-    return (
-        *map(str, document_digests(image)),
-        *(str(layer.digest) for layer in image.layers),
-        *map(str, image.diff_ids),
-    )
-
-
-def _report_present(report: Report, plan: Plan) -> None:
-    for layer in plan.layers:
-        size = layer.descriptor.size
-        if layer.blob_present:
-            report("blob", str(layer.descriptor.digest), "exists", size, size)
-        if layer.committed:
-            report("commit", str(layer.chain_id), "exists")
-
-
-def _twin(image: Image, store: Store) -> bytes | None:
-    """Return the OCI twin of the image's manifest if other tools need one."""
-    manifest = image.manifest_descriptor
-    types = {
-        manifest.media_type,
-        *(part.media_type for part in (image.manifest.config, *image.layers)),
-    }
-    if not any("docker" in media_type.lower() for media_type in types):
-        return None
-    from stowray.pipeline.oci_manifest import oci_twin
-
-    return oci_twin(store.read_blob(manifest.digest, MANIFEST_LIMIT), manifest.media_type)
-
-
-def _make_record(
-    source: Source, image: Image, options: PullOptions, store: Store, twin: bytes | None
-) -> ReferenceRecord:
-    known = store.find_reference(source.canonical, str(image.platform))
-    return ReferenceRecord(
-        reference=source.canonical,
-        platform=str(image.platform),
-        resolved=image.resolved,
-        manifest=image.manifest_descriptor.digest,
-        manifest_media_type=image.manifest_descriptor.media_type,
-        manifest_size=image.manifest_descriptor.size,
-        config=image.manifest.config.digest,
-        layers=tuple(layer.digest for layer in image.layers),
-        chain_id=str(image.chain_id),
-        unpacked=options.unpack or (known is not None and known.unpacked),
-        pinned=known is not None and known.pinned,
-        created=time.time(),
-        twin=None if twin is None else Digest.of(twin),
-        twin_size=0 if twin is None else len(twin),
-    )
-
-
-def _seconds(
-    plan: Plan, outcomes: dict[str, Outcome], resolve: float, rest: float
-) -> dict[str, float]:
-    """Return how long each stage took; steps run side by side, so the longest one is named."""
-    longest = {"fetch": 0.0, "stage": 0.0, "commit": 0.0}
-    for step in plan.steps:
-        longest[step.kind] = max(longest[step.kind], outcomes[step.id].seconds)
-    return {
-        "resolve": resolve,
-        "fetch": longest["fetch"],
-        "apply": max(longest["stage"], longest["commit"]),
-        "total": resolve + rest,
-    }
