@@ -42,38 +42,18 @@ RESERVE_BYTES = 64 << 20
 
 
 class Store(BlobStore):
-    """One store directory; open it with ``Store.open``, safe to share between threads."""
+    """One store directory, open; safe to share between threads."""
 
     format: ClassVar[int] = FORMAT
 
     def __init__(
         self,
-        path: Path,
-        descriptor: int,
-        boot: Boot,
-        now_ns: Callable[[], int],
-        *,
-        writable: bool,
-        nonce: str,
-    ) -> None:
-        """Take over an open directory ``descriptor``; use ``Store.open``."""
-        super().__init__(path, Trust(path / "durable", boot, now_ns), writable=writable)
-        self.boot = boot
-        self.nonce = nonce
-        self.reserve_bytes = RESERVE_BYTES
-        self._descriptor = descriptor
-        self._closer = weakref.finalize(self, os.close, descriptor)
-        self._capabilities: Capabilities | None = None
-
-    @classmethod
-    def open(
-        cls,
         path: Path | str,
         *,
         boot: Boot | None = None,
         create: bool = True,
         now_ns: Callable[[], int] = boot_time_ns,
-    ) -> Store:
+    ) -> None:
         """Open the store at ``path``; with ``create`` make it if need be and demand write access.
 
         Without ``create`` a store on a read-only file system can be read. The descriptor that
@@ -104,12 +84,30 @@ class Store(BlobStore):
         except BaseException:
             os.close(descriptor)
             raise
-        store = cls(path, descriptor, boot or Boot.read(), now_ns, writable=writable, nonce=nonce)
+        boot = boot or Boot.read()
+        super().__init__(path, Trust(path / "durable", boot, now_ns), writable=writable)
+        self.boot = boot
+        self.nonce = nonce
+        self.reserve_bytes = RESERVE_BYTES
+        self._descriptor = descriptor
+        self._closer = weakref.finalize(self, os.close, descriptor)
+        self._capabilities: Capabilities | None = None
         if found is not None:
-            store._remember(found)
+            self._remember(found)
         if writable:
-            store.capabilities.require(path)
-        return store
+            self.capabilities.require(path)
+
+    @classmethod
+    def open(
+        cls,
+        path: Path | str,
+        *,
+        boot: Boot | None = None,
+        create: bool = True,
+        now_ns: Callable[[], int] = boot_time_ns,
+    ) -> Store:
+        """Return ``Store(path, …)``: the same in a word."""
+        return cls(path, boot=boot, create=create, now_ns=now_ns)
 
     def close(self) -> None:
         """Close the store's own descriptor; idempotent, and also done when it is collected."""

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
+from stowray.pipeline.errors import UsageError
 from stowray.pipeline.image import manifest_key
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.progress import Progress
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from stowray.pipeline.progress import Event
     from stowray.pipeline.resolve import Policy
     from stowray.pipeline.result import PullResult
+
+
+POLICIES = ("newer", "missing", "always", "never")
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +172,8 @@ def _options(
 ) -> PullOptions:
     if isinstance(platform, str):
         platform = Platform.parse(platform)
+    if policy not in POLICIES:
+        raise UsageError("policy", f"{policy!r} is none of {', '.join(POLICIES)}")
     return PullOptions(platform=platform, policy=policy, unpack=unpack, sync=sync)
 
 
@@ -290,7 +296,7 @@ def _prewarm_run(
     progress: Progress,
 ) -> Run:
     from stowray.job import make_run
-    from stowray.pipeline.prewarm_plan import load_plan, wishes
+    from stowray.pipeline.prewarm_plan_file import load_plan, wishes
 
     names = [references] if isinstance(references, str) else references
     path = Path(file) if file is not None else None
