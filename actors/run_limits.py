@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from contextlib import AbstractContextManager
 
     from stowray.actors.lease_client import LeaseClient
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # How long what the owner said of a pause is good for.
 LOOK_SECONDS: Final = 0.5
+# So long nothing is asked of an owner that did not answer: each question may take its time.
+SILENT_SECONDS: Final = 15.0
 
 
 class RunLimits:
@@ -32,6 +34,7 @@ class RunLimits:
         self._now = monotonic
         self._lock = threading.Lock()
         self._looks: dict[str, tuple[float, float]] = {}  # when asked, until when to rest
+        self._silent_until = float("-inf")
 
     def permit(self, host: str, kind: Kind, limit: int) -> Callable[[], None] | None:
         """Return what gives nothing back: who reads the origin has the owner's permit already."""
@@ -58,7 +61,7 @@ class RunLimits:
         now = self._now()
         with self._lock:
             self._looks[host] = (now, now + seconds)
-        with suppress(*OWNER_ERRORS):
+        with self._asking():
             self._owner.pause_host(host, seconds)
 
     def rest(self, host: str) -> float:
@@ -68,17 +71,26 @@ class RunLimits:
             looked, until = self._looks.get(host, (float("-inf"), 0.0))
         if until <= now and now - looked >= LOOK_SECONDS:
             until = now
-            with suppress(*OWNER_ERRORS):
-                until = now + self._owner.rest(host)
+            if now >= self._silent_until:
+                with self._asking():
+                    until = now + self._owner.rest(host)
             with self._lock:
                 self._looks[host] = (now, until)
         return max(0.0, until - now)
 
     def book(self, host: str, line: Line, seconds: float) -> float:
         """Take the next ``seconds`` of a line of the whole run; return when they begin."""
-        with suppress(*OWNER_ERRORS):
-            return self._owner.book(host, line, seconds)
+        if self._now() >= self._silent_until:
+            with self._asking():
+                return self._owner.book(host, line, seconds)
         return 0.0
 
     def close(self) -> None:
         """Give nothing back: see ``permit``."""
+
+    @contextmanager
+    def _asking(self) -> Iterator[None]:
+        try:
+            yield
+        except OWNER_ERRORS:
+            self._silent_until = self._now() + SILENT_SECONDS

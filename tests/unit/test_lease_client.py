@@ -10,7 +10,7 @@ import pytest
 
 from stowray.actors.lease_book import LeaseBooks
 from stowray.actors.lease_client import LeaseClient
-from stowray.actors.run_limits import LOOK_SECONDS, RunLimits
+from stowray.actors.run_limits import LOOK_SECONDS, SILENT_SECONDS, RunLimits
 from stowray.pipeline.errors import NodeError, UsageError
 from stowray.pipeline.origin_leases import DEFAULT_TTL_SECONDS, Elsewhere, Granted, Later
 
@@ -161,9 +161,14 @@ def test_without_an_owner_a_node_has_its_own_limits_alone(owner: Owner) -> None:
     a = limits(owner, "a")
     owner.is_up = False
     assert a.book("h", "requests", 5.0) == 0.0
-    assert a.rest("h") == 0.0
+    asked = len(owner.questions)
+    assert a.book("h", "requests", 5.0) == a.rest("h") == 0.0
+    assert len(owner.questions) == asked, "who does not answer is left alone for a while"
     a.pause("h", 5.0)
     assert a.rest("h") == 5.0
+    owner.is_up = True
+    owner.now += 2 * SILENT_SECONDS
+    assert [a.book("h", "requests", 5.0), a.book("h", "requests", 5.0)] == [0.0, 5.0]
 
 
 @pytest.mark.parametrize(("line", "seconds"), [("hours", 1.0), ("bytes", -1.0), ("bytes", 1e9)])
