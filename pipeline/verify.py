@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import HEX_LENGTHS, Digest
+from stowray.pipeline.entry_list import entry_list_path
 from stowray.pipeline.errors import (
     CancelledError,
     InvalidDigestError,
@@ -170,7 +171,8 @@ class _Check:
         concerned = [
             (record.reference, record.platform, record.unpacked)
             for record in records
-            if self._bad_blobs.intersection(record.digests)
+            if self._own.is_trust_lost
+            or self._bad_blobs.intersection(record.digests)
             or bad_chains.intersection(self._chain_ids(record.chain_id))
         ]
         # Of an image whose record is lost the user still knows the name.
@@ -277,7 +279,10 @@ class _Check:
             with self._snapshots.rebuilt(snapshot, self._open_read(snapshot.blob)) as fresh:
                 for number, (path, reason) in enumerate(compare_trees(fresh, tree)):
                     if number < _MOST_PATHS:
-                        self._tree_damage(snapshot, f"{tree}/{escape(path)}", reason)
+                        place = f"{tree}/{escape(path)}" if path else str(tree)
+                        if not path and reason.startswith("entry list"):
+                            place = str(entry_list_path(tree))
+                        self._tree_damage(snapshot, place, reason)
                     else:
                         more += 1
         except NotFoundError:

@@ -73,6 +73,8 @@ class OwnFiles:
         # Snapshots that cannot be used any more, and layers whose trees count as absent.
         self.chains: set[str] = set()
         self.layers: set[str] = set()
+        # Whether a mark is damaged: whatever it vouched for is proven or made anew.
+        self.is_trust_lost = False
         self._aside: list[Path] = []
         self._leases: list[Path] = []
         self._is_index_false = False
@@ -246,6 +248,7 @@ class OwnFiles:
         for path in self._store.trust.marks():
             if not _is_whole(path):
                 self._add("record", "", path, "is damaged: the mark of what is durable")
+                self.is_trust_lost = True
                 self._aside.append(path)
 
     def _held(self) -> None:
