@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -16,6 +17,11 @@ NAMED = re.findall(r"`(test_\w+\.py)::(test_\w+)`", TABLE)
 def test_every_class_of_weakness_has_its_test(file: str, name: str) -> None:
     text = (ROOT / "tests" / "unit" / file).read_text(encoding="utf-8")
     assert re.search(rf"^ *def {name}\(", text, re.MULTILINE), f"{file} has no {name}"
+
+
+@pytest.mark.parametrize("name", json.loads((ROOT / "tests/vectors/weaknesses.json").read_text()))
+def test_every_known_weakness_is_in_the_table_or_said_not_to_apply(name: str) -> None:
+    assert re.search(rf"{re.escape(name)}(?![0-9])", TABLE), f"{name} is not mentioned"
 
 
 def test_the_table_is_not_empty_and_no_row_lacks_a_test() -> None:
