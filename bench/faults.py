@@ -1,9 +1,12 @@
-"""Kill, cut the power and refuse the disk at every call: `python -m bench.faults kill|power|disk`.
+"""Kill, cut power, refuse the disk, damage files: `python -m bench.faults kill|power|disk|flip`.
 
 Each round runs a scenario (a pull, a removal, a collection, a repair …) on a copy of a store, in a
 process of its own that ends, or is refused, at one call that touches the disk. Then the invariants
 are checked from outside, the work is done again and must end with the same trees, and a collection
 must leave nothing behind. `--every N` takes each N-th call only. One JSON line per scenario.
+
+`flip` damages each file of a store instead, in six ways, and sees it named and mended; `--plain`
+does so with trees as a plain user keeps them.
 """
 
 from __future__ import annotations
@@ -13,14 +16,17 @@ import json
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 
+from stowray.pipeline.errors import StowrayError
+from tests.support.flips import HOWS, Flips
 from tests.support.sweeps import DISK_CODES, LOSSES, Sweep
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("sweep", choices=("kill", "power", "disk"))
+    parser.add_argument("sweep", choices=("kill", "power", "disk", "flip"))
     parser.add_argument("--scenario", action="append", default=[])
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=1)
@@ -28,7 +34,10 @@ def main() -> int:
     parser.add_argument("--loss", choices=LOSSES, action="append", default=[])
     parser.add_argument("--errno", choices=sorted(DISK_CODES), action="append", default=[])
     parser.add_argument("--lasting", action="store_true", help="the disk stays so")
+    parser.add_argument("--plain", action="store_true", help="a plain user's trees (flip)")
     options = parser.parse_args()
+    if options.sweep == "flip":
+        return _flip(options)
     failed = 0
     total = 0
     with (
@@ -56,6 +65,23 @@ def main() -> int:
                 sys.stdout.flush()
     print(json.dumps({"rounds": total, "bad": failed}))
     return 1 if failed else 0
+
+
+def _flip(options: argparse.Namespace) -> int:
+    ends: Counter[str] = Counter()
+    with (
+        tempfile.TemporaryDirectory(prefix="stowray-flips-", dir=options.folder) as folder,
+        Flips(Path(folder), plain=options.plain) as flips,
+    ):
+        for name in flips.files():
+            for how in HOWS:
+                try:
+                    ends[flips.round(name, how, options.first)] += 1
+                except (AssertionError, OSError, StowrayError) as error:
+                    ends["bad"] += 1
+                    print(f"  {name} {how}: {type(error).__name__} {error}", flush=True)
+    print(json.dumps({"sweep": "flip", "rounds": ends.total(), "ends": ends, "bad": ends["bad"]}))
+    return 1 if ends["bad"] else 0
 
 
 def _variants(options: argparse.Namespace) -> list[str]:
