@@ -12,6 +12,7 @@ import os
 import secrets
 import threading
 import time
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -47,6 +48,12 @@ CANCEL_SECONDS = 0.5
 END_SECONDS = 2.0
 # For words to actors whose head is dead to get out.
 LEAVE_SECONDS = 0.5
+
+
+def _states_of(report: PrewarmReport) -> str:
+    """Return how many nodes are in which state."""
+    states = Counter(node.state for node in report.nodes)
+    return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no nodes"
 
 
 def _to_nobody(_report: PrewarmReport) -> None:
@@ -113,8 +120,16 @@ class PrewarmRun:
         if self._ray is None:
             self._ray = connect(self._settings, self._stack, embedded_nodes=self._embedded_nodes)[0]
         under = _Under(self, self._ray, command, cancelled)
-        value = under.wait(work)
+        try:
+            value = under.wait(work)
+        except BaseException as error:
+            under.tell_job("failed", str(error) or type(error).__name__)
+            raise
         report = under.state.report()
+        if command == "prewarm" and report.exit_code:
+            under.tell_job("failed", f"not everything is where it should be: {_states_of(report)}")
+        else:
+            under.tell_job("done")
         self.on_change(report)
         return report, value
 
@@ -238,8 +253,8 @@ class _Under:
             if not is_lost:
                 cluster.end(resolver)
                 cluster.end(board)
-            for reference in self.state.images:
-                self._owner._progress.fail_open(reference, "the run has ended")
+            for wish in self.plan.images:
+                self._owner._progress.fail_open(wish.reference.canonical, "the run has ended")
 
     async def _guarded(
         self, work: Callable[[_Under], Awaitable[Any]], pulse: asyncio.Task[None]
@@ -265,6 +280,7 @@ class _Under:
         if self.state.changed and now - self._told >= CHANGE_SECONDS:
             self._told = now
             self.state.changed = False
+            self.tell_job("downloading" if self.state.cells else "resolving")
             self._owner.on_change(self.state.report())
 
     def _reason_to_stop(self) -> StowrayError | None:
@@ -294,6 +310,14 @@ class _Under:
                 state.fail_node(name, describe(reason))
         if not isinstance(reason, CancelledError | DeadlineError) or not state.nodes:
             raise reason
+
+    def tell_job(self, status: str, error: str = "") -> None:
+        """Tell watchers how far the run as a whole is: cells that are over, of all."""
+        cells = self.state.cells.values()
+        over = sum(cell.status not in ("waiting", "working") for cell in cells)
+        self._owner._progress.record(
+            "", "job", self.state.run, status, over, len(cells), error=error
+        )
 
     # -- for the kinds of work --------------------------------------------------------------------
 

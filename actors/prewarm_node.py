@@ -15,7 +15,7 @@ from stowray.actors import cluster
 from stowray.actors.prewarm_link import NodeLink
 from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, describe, from_wire
 from stowray.pipeline.platform import Platform
-from stowray.pipeline.prewarm_report import Delivery
+from stowray.pipeline.prewarm_rows import Delivery
 from stowray.pipeline.prewarm_survey import NodeSurvey
 from stowray.pipeline.progress import Event
 from stowray.pipeline.spread import NodeState, Part

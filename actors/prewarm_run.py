@@ -20,7 +20,7 @@ from stowray.actors.prewarm_silent import SilentNodes
 from stowray.pipeline.cluster_plan import ClusterPlan
 from stowray.pipeline.errors import NodeError, StowrayError, describe
 from stowray.pipeline.prewarm_plan import expand_waves
-from stowray.pipeline.prewarm_report import WaveRow
+from stowray.pipeline.prewarm_rows import WaveRow
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -128,6 +128,9 @@ class ClusterRun:
     async def assign(self, nodes: Sequence[RunNode]) -> None:
         """Give each node its images and the report its cells."""
         wishes = self._context.plan.images
+        for wish in wishes:
+            # In the plan's order, whichever is resolved or fails first.
+            self._context.state.update_image(wish.reference.canonical)
         await asyncio.gather(
             *(
                 self._images.get(wish, platform)
@@ -158,8 +161,6 @@ class ClusterRun:
         state = self._context.state
         state.manifest_requests = self._images.requests
         blobs: dict[str, dict[str, int]] = {}
-        for wish in self._context.plan.images:
-            state.update_image(wish.reference.canonical)
         for image in self._images.all():
             planned = image.planned
             blobs.setdefault(planned.reference, {}).update(planned.blobs)

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import stowray
 from stowray.pipeline.errors import NodeError, StowrayError, describe
-from stowray.pipeline.prewarm_report import (
+from stowray.pipeline.prewarm_report import PrewarmReport
+from stowray.pipeline.prewarm_rows import (
     BlobSpan,
     Cell,
     Delivery,
     ImageRow,
     NodeRow,
-    PrewarmReport,
     Remark,
     WaveRow,
     lost_cells,

@@ -7,184 +7,27 @@ nodes all follow from the same cells. Times are seconds since the run began, siz
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from dataclasses import asdict, dataclass, fields
+from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline import errors
-from stowray.pipeline.errors import InvalidReferenceError, NodeError, StowrayError, UsageError
+from stowray.pipeline.errors import InvalidReferenceError, StowrayError, UsageError
 from stowray.pipeline.lock_file import Drift
+from stowray.pipeline.prewarm_rows import (
+    BlobSpan,
+    Cell,
+    Delivery,
+    ImageRow,
+    NodeRow,
+    Remark,
+    WaveRow,
+)
 from stowray.pipeline.source import parse_source
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping
 
 FORMAT: Final = 1
-# How a source is called that is a node of the run; any other is a registry's host.
-PEER: Final = "peer:"
-STORE: Final = "store"
-
-# The first two while the run goes on, never in the report of a run that has ended.
-NodeState = Literal[
-    "waiting", "working", "ready", "partial", "failed", "dead", "refused", "skipped"
-]
-# "done": pulled in this run; "exists": all of it was there; "partial" and "missing" are what
-# `status` finds; "skipped": not wanted there (no such platform), or never begun (then with error).
-CellStatus = Literal[
-    "waiting", "working", "done", "exists", "failed", "partial", "missing", "skipped"
-]
-NODE_STATES: Final = (
-    "waiting",
-    "working",
-    "ready",
-    "partial",
-    "failed",
-    "dead",
-    "refused",
-    "skipped",
-)
-CELL_STATUSES: Final = (
-    "waiting",
-    "working",
-    "done",
-    "exists",
-    "failed",
-    "partial",
-    "missing",
-    "skipped",
-)
-
-
-class _Row:
-    """What all rows share: plain values in and out."""
-
-    __slots__ = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain values."""
-        return asdict(self)  # type: ignore[call-overload, no-any-return]
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Return the row that :meth:`to_dict` described; later versions' keys are passed over."""
-        known = {entry.name for entry in fields(cls)}  # type: ignore[arg-type]
-        return cls(**{name: value for name, value in data.items() if name in known})
-
-
-@dataclass(frozen=True, slots=True)
-class NodeRow(_Row):
-    """A node of the run.
-
-    ``store`` is the store's path there, ``wave`` counts from 0, ``shares_with`` names the node that
-    writes the store which this one reads too. ``error`` tells why it is failed, dead or refused, as
-    :func:`~stowray.pipeline.errors.describe` does.
-    """
-
-    name: str
-    node_id: str = ""
-    address: str = ""
-    store: str = ""
-    platform: str = ""
-    state: NodeState = "waiting"
-    error: dict[str, Any] | None = None
-    wave: int = 0
-    shares_with: str = ""
-    disk_free: int = 0
-    disk_needed: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class ImageRow(_Row):
-    """A reference: what it pointed to, and the manifest of each platform by its text.
-
-    ``size`` counts each blob of all these platforms once. ``error`` tells why it was not resolved.
-    """
-
-    reference: str
-    resolved: str = ""
-    digests: dict[str, str] = field(default_factory=dict)
-    size: int = 0
-    error: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Cell(_Row):
-    """One image on one node.
-
-    ``present`` is True only when digest and snapshot were checked on disk. ``result`` is the object
-    of a pull's result line.
-    """
-
-    node: str
-    reference: str
-    status: CellStatus = "waiting"
-    digest: str = ""
-    result: dict[str, Any] | None = None
-    error: dict[str, Any] | None = None
-    present: bool = False
-    seconds: float = 0.0
-
-    @property
-    def is_fine(self) -> bool:
-        """Return whether nothing is missing: it is there, or was not wanted there."""
-        return self.present or (self.status == "skipped" and self.error is None)
-
-
-@dataclass(frozen=True, slots=True)
-class BlobSpan(_Row):
-    """One blob on one node: when it was asked for, had its first byte, was complete, was unpacked.
-
-    A time that was not reached is None. ``by_source`` has registry hosts and ``peer:<node>``.
-    """
-
-    node: str
-    digest: str
-    size: int = 0
-    started: float | None = None
-    first_byte: float | None = None
-    completed: float | None = None
-    staged: float | None = None
-    by_source: dict[str, int] = field(default_factory=dict)
-    fetch_seconds: float = 0.0
-    apply_seconds: float = 0.0
-
-
-@dataclass(frozen=True, slots=True)
-class Remark(_Row):
-    """Something worth knowing that failed nothing: a source that was slow, dead or lied."""
-
-    node: str
-    source: str
-    kind: str
-    digest: str = ""
-    position: int = 0
-    detail: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Delivery(_Row):
-    """An image handed to a runtime on a node; ``error`` None: it took it."""
-
-    node: str
-    reference: str
-    runtime: str
-    error: dict[str, Any] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WaveRow(_Row):
-    """A wave: the nodes that belong to it and how many were verified ready at its end."""
-
-    number: int
-    nodes: tuple[str, ...] = ()
-    ready: int = 0
-    started: float | None = None
-    completed: float | None = None
-    passed: bool = False
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> WaveRow:
-        """Return the row that :meth:`to_dict` described."""
-        return super(WaveRow, cls).from_dict({**data, "nodes": tuple(data.get("nodes", ()))})
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,11 +62,13 @@ class PrewarmReport:
     def exit_code(self) -> int:
         """The command's exit status.
 
-        0: every image is on every node; 130: interrupted; that of the error when everything failed
-        with one status; else 1.
+        0: every image is on every node, or ``is_tolerated``; 130: interrupted; that of the error
+        when everything failed with one status; else 1.
         """
         if self.interrupted:
             return errors.CancelledError.exit_code
+        if self.is_tolerated:
+            return 0
         fine, codes = self._outcome()
         if not codes:
             return 0
@@ -238,6 +83,19 @@ class PrewarmReport:
         counted = [node for node in self.nodes if node.state != "skipped" or node.error]
         ready = sum(node.state == "ready" for node in counted)
         return FailurePolicy(minimum_ready=self.minimum_ready).is_enough(ready, len(counted))
+
+    @property
+    def is_tolerated(self) -> bool:
+        """Whether a pre-warm run is fine although nodes failed: the plan asked for fewer than all.
+
+        At least one node must be ready, and nothing may have failed on those that are.
+        """
+        if self.command != "prewarm" or self.minimum_ready >= 1.0 or not self.enough:
+            return False
+        ready = {node.name for node in self.nodes if node.state == "ready"}
+        return bool(ready) and not any(
+            entry.error is not None for entry in self.deliveries if entry.node in ready
+        )
 
     def ready_nodes(self, reference: str) -> tuple[NodeRow, ...]:
         """Return the nodes that have ``reference``, checked on disk; any spelling of it will do."""
@@ -389,13 +247,6 @@ _ROWS: Final[dict[str, type[Any]]] = {
 }
 
 
-def origin_and_peer_bytes(by_source: Mapping[str, int]) -> tuple[int, int]:
-    """Return how much of ``by_source`` came from registries and how much from other nodes."""
-    peers = sum(size for source, size in by_source.items() if source.startswith(PEER))
-    here = by_source.get(STORE, 0)
-    return sum(by_source.values()) - peers - here, peers
-
-
 def exit_code_of(error: Mapping[str, Any] | None) -> int:
     """Return the exit status of an ``error`` object; 1 for a class that is not known here."""
     if error is None:
@@ -404,31 +255,6 @@ def exit_code_of(error: Mapping[str, Any] | None) -> int:
     if isinstance(kind, type) and issubclass(kind, StowrayError):
         return kind.exit_code
     return StowrayError.exit_code
-
-
-def node_state(cells: Sequence[Cell]) -> NodeState:
-    """Return the state of a node that is alive, from its cells."""
-    if any(cell.status == "working" for cell in cells):
-        return "working"
-    if any(cell.status == "waiting" for cell in cells):
-        return "waiting"
-    if all(cell.is_fine for cell in cells):
-        return "ready" if any(cell.present for cell in cells) else "skipped"
-    return "partial" if any(cell.present for cell in cells) else "failed"
-
-
-def lost_cells(cells: Iterable[Cell], node: str, reason: str) -> list[Cell]:
-    """Return ``cells`` with those of ``node``, which is dead, marked as lost.
-
-    Also the complete ones: nobody knows what is left of its disk.
-    """
-    error = errors.describe(NodeError(node, reason))
-    return [
-        Cell(cell.node, cell.reference, "failed", cell.digest, error=error, seconds=cell.seconds)
-        if cell.node == node
-        else cell
-        for cell in cells
-    ]
 
 
 def _make(kind: type[Any], row: Mapping[str, Any]) -> Any:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 from stowray.html_page import page, table, text
 from stowray.html_timeline import STYLE as TIMELINE_STYLE
 from stowray.html_timeline import timelines
-from stowray.pipeline.prewarm_report import PEER
+from stowray.pipeline.prewarm_rows import PEER
 from stowray.prewarm_picture import most_telling, node_cells
 from stowray.prewarm_text import (
     cell_word,
@@ -23,7 +23,8 @@ from stowray.prewarm_text import (
 from stowray.text import seconds_text, size_text
 
 if TYPE_CHECKING:
-    from stowray.pipeline.prewarm_report import Cell, NodeRow, PrewarmReport
+    from stowray.pipeline.prewarm_report import PrewarmReport
+    from stowray.pipeline.prewarm_rows import Cell, NodeRow
 
 # A page is to be read: the JSON report has all rows.
 ROWS_LIMIT: Final = 1000
@@ -42,7 +43,7 @@ td.good, .good { color: var(--green); } td.bad, .bad { color: var(--red); }
 .verdict { font-size: 1.05rem; border-left: 4px solid currentColor; padding: .2rem .8rem; }
 .bar { display: inline-block; height: .7rem; border-radius: 2px; vertical-align: middle; }
 ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
-nav a { margin-right: 1rem; color: var(--blue); }
+nav { margin-top: 1rem; } nav a { margin-right: 1rem; color: var(--blue); }
 """
 
 
@@ -74,6 +75,8 @@ def _head(report: PrewarmReport) -> str:
     code = report.exit_code
     if report.interrupted:
         verdict = "Interrupted: what follows is what was reached."
+    elif code == 0 and any(not cell.is_fine for cell in report.cells):
+        verdict = "Enough nodes are ready, as the plan asks; not all of them."
     elif code == 0:
         verdict = "Every image is on every node that it is wanted on, checked on disk."
     else:
@@ -172,7 +175,11 @@ def _trouble(report: PrewarmReport) -> str:
             for remark in report.remarks[:ROWS_LIMIT]
         ]
         head = ["node", "source", "what", "blob", "at", "detail"]
-        parts.append(table("Remarks about sources, as nodes made them", head, rows))
+        told = count_text(len(report.remarks), "remark")
+        parts.append(
+            f'<details class="matrix"><summary>{told} about sources: no failure, nodes went on '
+            f"from others</summary>{table('As nodes made them', head, rows)}</details>"
+        )
     return "".join(parts)
 
 

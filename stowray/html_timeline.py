@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from stowray.html_page import table, text, ticks
-from stowray.pipeline.prewarm_report import origin_and_peer_bytes
+from stowray.pipeline.prewarm_rows import origin_and_peer_bytes
 from stowray.text import seconds_text, size_text
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from stowray.pipeline.prewarm_report import BlobSpan, PrewarmReport
+    from stowray.pipeline.prewarm_report import PrewarmReport
+    from stowray.pipeline.prewarm_rows import BlobSpan
 
 _WIDTH, _LEFT, _RIGHT, _ROW = 1000, 165, 25, 18
 # So many nodes get a picture of their blobs, the slowest first; all are in the overview.

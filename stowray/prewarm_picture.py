@@ -17,7 +17,7 @@ from stowray.pipeline.prewarm_report import PrewarmReport
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from stowray.pipeline.prewarm_report import Cell, NodeRow
+    from stowray.pipeline.prewarm_rows import Cell, NodeRow
     from stowray.pipeline.progress import Event, Key
 
 # Over how long rates are taken, in seconds: long enough to be read, short enough to be true.

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from stowray.pipeline.cluster_plan import ClusterPlan
-    from stowray.pipeline.prewarm_report import Cell, NodeRow, PrewarmReport
+    from stowray.pipeline.prewarm_report import PrewarmReport
+    from stowray.pipeline.prewarm_rows import Cell, NodeRow
 
 LINES_LIMIT: Final = 40
 _WORDS: Final = {"done": "pulled", "exists": "present", "skipped": "not wanted"}
@@ -106,8 +107,9 @@ def who_has_what(report: PrewarmReport, width: int = 80) -> list[str]:
 def failures(report: PrewarmReport) -> list[str]:
     """Return a sentence for each thing that failed; the same one for many nodes only once."""
     said: dict[str, list[str]] = {}
+    placed = {cell.reference for cell in report.cells if cell.error is not None}
     for image in report.images:
-        if image.error is not None:
+        if image.error is not None and image.reference not in placed:
             said.setdefault(f"{image.reference}: {image.error['message']}", [])
     for node in report.nodes:
         if node.error is not None:
@@ -115,9 +117,11 @@ def failures(report: PrewarmReport) -> list[str]:
     for cell in report.cells:
         if cell.error is not None:
             message = str(cell.error["message"])
+            if cell.node in said.get(message, ()):
+                # The node as a whole has failed so, and its cells with it.
+                continue
             prefix = "" if cell.reference in message else f"{cell.reference}: "
-            if message not in said:
-                said.setdefault(prefix + message, []).append(cell.node)
+            said.setdefault(prefix + message, []).append(cell.node)
     for delivery in report.deliveries:
         if delivery.error is not None:
             message = f"{delivery.reference} to {delivery.runtime}: {delivery.error['message']}"

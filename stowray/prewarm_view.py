@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.text import Text
 
-    from stowray.pipeline.prewarm_report import Cell, NodeRow, PrewarmReport
+    from stowray.pipeline.prewarm_report import PrewarmReport
+    from stowray.pipeline.prewarm_rows import Cell, NodeRow
     from stowray.pipeline.progress import Event, Progress
     from stowray.prewarm_picture import Figures
 

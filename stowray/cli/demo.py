@@ -40,7 +40,7 @@ def _prewarm(context: Context, folder: Path) -> int:
     from stowray.cli.prewarm import Running
     from stowray.demo_image import serve_demo_image
     from stowray.job import make_run
-    from stowray.pipeline.prewarm_plan import load_plan
+    from stowray.pipeline.prewarm_plan_file import load_plan
     from stowray.pipeline.store import Store
 
     # A Ray of our own, whatever other one there is.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from stowray.cli.context import command
+from stowray.cli.prewarm import RUN_OPTIONS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -167,6 +168,7 @@ def _status(answers: list[dict[str, Any]]) -> int:
 @click.option("--no-unpack", is_flag=True, help="Plan content only.")
 @_OFFLINE
 @_POLICY
+@RUN_OPTIONS
 def plan_command(
     context: Context,
     references: tuple[str, ...],
@@ -174,11 +176,14 @@ def plan_command(
     no_unpack: bool,
     offline: bool,
     policy: str | None,
+    lock: Path | None,
+    **run_options: Any,
 ) -> int:
     """Print, per image and blob, what is here and what would be fetched and applied.
 
     Fetches documents only (index, manifest, config), no layer. With -f FILE for all nodes: per node
-    and blob have or need, bytes from the origin and from nodes, disk, requests, time.
+    and blob have or need, bytes from the origin and from nodes, disk, requests, time; the options
+    about nodes, limits and the lock file are those of `stowray prewarm`, and go with it only.
     """
     from dataclasses import replace
 
@@ -187,7 +192,9 @@ def plan_command(
 
         if no_unpack or offline or policy:
             raise click.UsageError("--no-unpack, --offline and --policy do not go with -f FILE")
-        return plan_file(context, file, references)
+        return plan_file(context, file, references, lock, run_options)
+    if lock is not None or any(value not in (None, False, ()) for value in run_options.values()):
+        raise click.UsageError("options about nodes, limits and the lock file need -f FILE")
     if not references:
         raise click.UsageError("Missing argument 'REF...' (or -f FILE).")
 

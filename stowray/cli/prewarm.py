@@ -81,7 +81,7 @@ _LIMITS: Final = (
         "--bandwidth", metavar="RATE", help="What one node receives: 200MB/s, or bytes per second."
     ),
     click.option("--waves", metavar="N,N%,...", help="How many nodes first: 1,10%,100%."),
-    click.option("--min-ready", metavar="PERCENT", help="Ready nodes that a wave needs (100%)."),
+    click.option("--min-ready", metavar="PERCENT", help="Ready nodes that are enough (100%)."),
     click.option("--tries", type=click.IntRange(1), metavar="N", help="Per image and node (3)."),
     click.option("--node-timeout", type=float, metavar="SECONDS", help="Per image and node."),
     click.option("--deadline", type=float, metavar="SECONDS", help="For the whole run."),
@@ -101,6 +101,10 @@ def _several(options: Sequence[Callable[[Any], Any]]) -> Callable[[Any], Any]:
         return function
 
     return decorate
+
+
+# What a run and its dry run are told alike.
+RUN_OPTIONS: Final = _several((_LOCK, *_SELECTION, *_LIMITS))
 
 
 @command("prewarm", short_help="Bring images to every node of a Ray cluster.")
@@ -165,11 +169,20 @@ def status_command(
     return tell(context, report, outputs)
 
 
-def plan_file(context: Context, file: Path, references: Sequence[str]) -> int:
-    """Print what a pre-warm run of the plan in ``file`` would do, and return the exit status."""
-    plan = _plan(context, references, file, {})
+def plan_file(
+    context: Context,
+    file: Path,
+    references: Sequence[str],
+    lock: Path | None,
+    options: dict[str, Any],
+) -> int:
+    """Print what a pre-warm run of the plan in ``file`` would do, and return the exit status.
+
+    ``options`` are those of :func:`RUN_OPTIONS`; they win over the file.
+    """
+    plan = _plan(context, references, file, options)
     with Running(context) as running:
-        cluster = running.make(plan, file, None, watch=False).plan(running.cancelled)
+        cluster = running.make(plan, file, lock, watch=False).plan(running.cancelled)
     if context.json:
         total = {"reference": None, "node": None, "plan": cluster.to_dict()}
         for result in (*cluster.results(), total):
@@ -315,7 +328,7 @@ def tell(context: Context, report: PrewarmReport, outputs: Outputs) -> int:
 def _plan(
     context: Context, references: Sequence[str], file: Path | None, options: dict[str, Any]
 ) -> PrewarmPlan:
-    from stowray.pipeline.prewarm_plan import load_plan, wishes
+    from stowray.pipeline.prewarm_plan_file import load_plan, wishes
 
     if not references and file is None:
         raise click.UsageError("name at least one REF, or a plan with -f FILE")

@@ -14,6 +14,7 @@ import pytest
 
 from stowray.pipeline.lock_file import read_lock
 from stowray.pipeline.prewarm_report import PrewarmReport
+from stowray.pipeline.progress import FINAL
 from tests.cluster.prewarm import add_image
 
 if TYPE_CHECKING:
@@ -121,8 +122,16 @@ def test_what_does_not_exist_is_said_per_reference(
     failed = [line for line in lines_of(out) if "error" in line]
     assert {line["error"]["type"] for line in failed} == {"NotFoundError"}
     assert sum(bool(line.get("present")) for line in lines_of(out)) == 4
-    code, _, err = finish(start("prewarm", f"{registry.host}/a/none:1"))
+    # Where it is wanted first stands first, and what failed on all nodes is said once, of all.
+    references = [line["reference"] for line in lines_of(out)]
+    assert references == [good] * 4 + [failed[0]["reference"]] * 4
+    assert sum("not found" in line for line in err.splitlines()) == 1
+    assert "n0, n1, n2 and 1 more" in err
+    missing = f"{registry.host}/a/none:1"
+    code, _, err = finish(start("prewarm", missing, progress="json"))
     assert code == 3, err
+    events = [json.loads(line) for line in err.splitlines() if line.startswith('{"time"')]
+    assert [event["status"] for event in events if event["kind"] == "job"][-1] == "failed"
 
 
 def test_nodes_are_selected_and_events_are_told(
@@ -137,6 +146,14 @@ def test_nodes_are_selected_and_events_are_told(
     assert code == 0, err
     events = [json.loads(line) for line in err.splitlines() if line.startswith('{"time"')]
     assert "n3" in {event["node"] for event in events}
+    last: dict[tuple[str, ...], dict[str, Any]] = {}
+    for event in events:
+        key = tuple(event[name] for name in ("node", "reference", "kind", "id"))
+        assert event["current"] >= last.get(key, event)["current"], "progress fell"
+        last[key] = event
+    assert {event["status"] for event in last.values()} <= FINAL, "something never ended"
+    (job,) = [event for event in last.values() if event["kind"] == "job"]
+    assert (job["status"], job["current"], job["total"]) == ("done", 1, 1)
 
 
 def test_a_signal_ends_a_run_with_its_report(

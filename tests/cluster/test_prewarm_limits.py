@@ -118,7 +118,7 @@ def test_waves_go_on_while_enough_are_ready_and_no_further(
 
     enough = waves | {"failure.minimum_ready": "50%", "limits.nodes_at_once": 1}
     code, report = drive(reference, plan=enough).finish()
-    assert code == 1, "one node has failed all the same"
+    assert code == 0, "the plan asks for half of them"
     assert states(report) == {"n0": "ready", "n1": "failed", "n2": "ready", "n3": "ready"}
     assert report["enough"]
     assert [(wave["ready"], wave["passed"]) for wave in report["waves"]] == [

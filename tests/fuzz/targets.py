@@ -66,7 +66,7 @@ from stowray.pipeline.mountinfo import parse_mountinfo
 from stowray.pipeline.overlay import ChainView
 from stowray.pipeline.pax import parse as parse_pax
 from stowray.pipeline.platform import Platform
-from stowray.pipeline.prewarm_plan import parse_plan
+from stowray.pipeline.prewarm_plan_file import parse_plan
 from stowray.pipeline.probe import Capabilities
 from stowray.pipeline.recordfile import decode_record, encode_record
 from stowray.pipeline.records import BlobRecord, ReferenceRecord

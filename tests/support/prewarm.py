@@ -6,7 +6,8 @@ import threading
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.prewarm_report import BlobSpan, Cell, ImageRow, NodeRow, PrewarmReport
+from stowray.pipeline.prewarm_report import PrewarmReport
+from stowray.pipeline.prewarm_rows import BlobSpan, Cell, ImageRow, NodeRow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

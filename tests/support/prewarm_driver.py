@@ -24,7 +24,7 @@ from typing import Any
 def main(text: str) -> int:
     from stowray.actors.prewarm import PrewarmRun
     from stowray.pipeline.errors import StowrayError, describe
-    from stowray.pipeline.prewarm_plan import load_plan
+    from stowray.pipeline.prewarm_plan_file import load_plan
     from stowray.pipeline.progress import Progress
     from stowray.pipeline.settings import load_settings
 

@@ -8,9 +8,10 @@ import pytest
 
 from stowray.cli.app import run
 from stowray.cli.context import Context
+from stowray.cli.look import plan_command
 from stowray.cli.prewarm import Outputs, _overrides, prewarm_command, tell
 from stowray.pipeline.errors import UsageError
-from stowray.pipeline.prewarm_plan import load_plan
+from stowray.pipeline.prewarm_plan_file import load_plan
 from stowray.pipeline.prewarm_report import PrewarmReport
 from tests.support.prewarm import make_report, make_spans
 
@@ -23,7 +24,11 @@ IMAGES = ("docker.io/library/debian:12", "ghcr.io/acme/app:1")
 
 def planned(*arguments: str) -> PrewarmPlan:
     """Return the plan that a command line makes."""
-    with prewarm_command.make_context("prewarm", list(arguments)) as context:
+    # Click keeps the option for help that it makes first.
+    names = ["-h", "--help"]
+    with prewarm_command.make_context(
+        "prewarm", list(arguments), help_option_names=names
+    ) as context:
         options: dict[str, Any] = dict(context.params)
     file, references = options.pop("file"), options.pop("references")
     return load_plan(file, references=references, overrides=_overrides(options))
@@ -68,6 +73,14 @@ def test_options_win_over_the_file_and_leave_the_rest() -> None:
     assert plan.nodes.names == ("worker-*",)
 
 
+def test_a_dry_run_takes_the_options_of_the_run() -> None:
+    own = {"-h", "--help", "--watch", "--report", "--receipts"}
+    wanted = {option for entry in prewarm_command.params for option in entry.opts} - own
+    assert wanted <= {option for entry in plan_command.params for option in entry.opts} | {
+        "references"
+    }
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -85,6 +98,9 @@ def test_options_win_over_the_file_and_leave_the_rest() -> None:
         ["prewarm", "-f", "/no/such/plan.toml"],
         ["plan", "-f", "/no/such/plan.toml"],
         ["plan", "-f", str(EXAMPLE), "--offline"],
+        ["plan", "a", "--nodes", "n*"],
+        ["plan", "a", "--lock", "images.lock"],
+        ["plan", "-f", str(EXAMPLE), "--label", "zone"],
     ],
     ids=" ".join,
 )

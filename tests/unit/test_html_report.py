@@ -4,13 +4,14 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stowray.html_report import ROWS_LIMIT, html_report
 from stowray.pipeline.errors import NodeError, describe
 from stowray.pipeline.lock_file import Drift
-from stowray.pipeline.prewarm_report import Delivery, PrewarmReport, Remark, WaveRow
+from stowray.pipeline.prewarm_report import PrewarmReport
+from stowray.pipeline.prewarm_rows import Delivery, Remark, WaveRow
 from tests.support.prewarm import make_report, make_spans
 
 VOID = {"meta", "link", "br", "img", "input", "hr"}
@@ -69,6 +70,7 @@ def full_report(word: str) -> PrewarmReport:
     )
 
 
+@settings(deadline=None)  # a busy machine is no mistake of the page
 @given(st.text(max_size=40) | st.just(HOSTILE))
 def test_no_text_from_outside_becomes_markup(word: str) -> None:
     plain, page = Page(html_report(full_report("word"))), Page(html_report(full_report(word)))

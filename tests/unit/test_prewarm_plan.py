@@ -28,9 +28,8 @@ from stowray.pipeline.prewarm_plan import (
     PrewarmPlan,
     Wave,
     expand_waves,
-    load_plan,
-    parse_plan,
 )
+from stowray.pipeline.prewarm_plan_file import load_plan, parse_plan
 from stowray.pipeline.reference import Reference
 
 if TYPE_CHECKING:

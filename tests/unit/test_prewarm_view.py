@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from stowray.pipeline.clock import Clock
 from stowray.pipeline.errors import NodeError, describe
-from stowray.pipeline.prewarm_report import CELL_STATUSES, Cell, CellStatus, PrewarmReport, WaveRow
+from stowray.pipeline.prewarm_report import PrewarmReport
+from stowray.pipeline.prewarm_rows import CELL_STATUSES, Cell, CellStatus, WaveRow
 from stowray.pipeline.progress import Event, Progress
 from stowray.prewarm_picture import PrewarmPicture
 from stowray.prewarm_text import cell_word, clip, failures, image_names, who_has_what
