@@ -22,19 +22,18 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from stowray.pipeline.origin_leases import Elsewhere, Granted, OriginLeases, RegistryPermits
-from stowray.pipeline.source_choice import (
+from stowray.pipeline.source_actions import (
     ORIGIN,
     Action,
     AskLease,
     Fetch,
     GiveUp,
-    Pace,
     Patience,
     Pause,
     Probe,
-    SourceChoice,
-    Standing,
 )
+from stowray.pipeline.source_choice import SourceChoice
+from stowray.pipeline.source_standing import Pace, Standing
 from stowray.pipeline.spread import Blob, NodeState, report_interval, spread
 
 GB = 1_000_000_000

@@ -13,10 +13,9 @@ import os
 import time
 from typing import TYPE_CHECKING, Final
 
+from stowray.pipeline.fates import fate_of
 from stowray.pipeline.files import translated
-from stowray.pipeline.ingest import CONDEMNED
-from stowray.pipeline.ingeststate import COMMITTED, IngestState, boot_key
-from stowray.pipeline.journal import Journal
+from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, IngestState, boot_key
 from stowray.pipeline.locks import try_lock, unlock
 from stowray.pipeline.stripe_state import StripeState
 
@@ -37,12 +36,10 @@ class Arriving:
         self.generation = generation
         self.size = state.size
         self.data = data
+        self.state = state
         self._directory = directory
-        self._state = state
         self._stripes: StripeState | None = None
         self._look_at = 0.0
-        # Of the last generation whose bytes proved wrong; 0: of none.
-        self.condemned = Journal(directory / CONDEMNED).read().generation
 
     @classmethod
     def open(cls, store: Store, digest: Digest) -> Arriving | None:
@@ -73,7 +70,7 @@ class Arriving:
         if self.data >= 0:
             os.close(self.data)
             self.data = -1
-            self._state.close()
+            self.state.close()
             if self._stripes is not None:
                 self._stripes.close()
                 self._stripes = None
@@ -81,17 +78,26 @@ class Arriving:
     @property
     def is_void(self) -> bool:
         """Whether the bytes proved wrong or are gone: another generation has begun."""
-        return self._state.generation != self.generation
+        return self.state.generation != self.generation
 
     @property
     def is_committed(self) -> bool:
         """Whether the digest was proven; the data file is the blob then."""
-        return self._state.status == COMMITTED and not self.is_void
+        return self.state.status == COMMITTED and not self.is_void
+
+    @property
+    def is_given_up(self) -> bool:
+        """Whether its writer got wrong bytes only and tries no more."""
+        return self.state.status == GIVEN_UP
+
+    def fate(self, generation: int) -> str:
+        """Return what became of a generation of this ingest; see ``fates``."""
+        return fate_of(self.state, generation)
 
     @property
     def prefix(self) -> int:
         """How many bytes from the start are there."""
-        return min(self._state.prefix, self.size)
+        return min(self.state.prefix, self.size)
 
     def position(self, stripe: Stripe) -> int:
         """Return how many bytes of ``stripe`` may be sent."""
@@ -112,9 +118,9 @@ class Arriving:
 
     def writer_lives(self) -> bool:
         """Say whether somebody writes now; its sign of life is its lock on the state file."""
-        if not try_lock(self._state.descriptor, shared=True):
+        if not try_lock(self.state.descriptor, shared=True):
             return True
-        unlock(self._state.descriptor)
+        unlock(self.state.descriptor)
         return False
 
     def pace(self, stripe: Stripe) -> float:

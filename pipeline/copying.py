@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.retry import Retries
     from stowray.pipeline.settings import RegistrySettings
     from stowray.pipeline.source import Source
-    from stowray.pipeline.source_choice import Report as Remark
+    from stowray.pipeline.source_actions import Report as Remark
 
 BUFFER_SIZE = 256 * 1024
 SMALLEST_GAP = 1 << 20

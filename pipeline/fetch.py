@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.origin import Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.source import Source
-    from stowray.pipeline.source_choice import Report as Remark
+    from stowray.pipeline.source_actions import Report as Remark
     from stowray.pipeline.store import Store
 
     Download = Callable[[Work, Ingest], None]

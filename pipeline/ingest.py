@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Protocol
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import make_directory, storage_error, translated
-from stowray.pipeline.ingeststate import COMMITTED, GROWING, IngestState, boot_key
+from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, GROWING, IngestState, boot_key
 from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
 from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
 from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT_EVERY = 8 << 20
 SMALLEST_ISLAND = 4 << 10
-# The journal of the generation that was given up last, for those who look for who lied.
-CONDEMNED = "condemned"
 _READ_SIZE = 1 << 20
 _LIFE_SIGN_ATTEMPTS = 1000
 
@@ -108,6 +106,9 @@ class Ingest:
         self.generation = 0
         self.is_resumed = False  # whether an earlier writer's bytes are in it
         self.condemned: Mapping[int, bytes] = {}  # the checkpoints of the bytes given up last
+        # The bytes given up last, if the caller wants to compare them and there is room; else -1.
+        self.keeps_wrong = False
+        self.wrong_data = -1
         self._home = home
         self._boot = boot_key(home.boot)
         self._directory = directory
@@ -126,6 +127,7 @@ class Ingest:
         self._guard = threading.Lock()
         self._hashing = threading.Lock()
         self._finished = False
+        self._is_given_up = False
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -172,7 +174,7 @@ class Ingest:
                 with suppress(StorageError):
                     self._catch_up(None, 0, wait=True)
                     self._note(self._journal)
-                if self._prefix == 0 and not self._islands:
+                if self._prefix == 0 and not self._islands and not self._is_given_up:
                     self._remove()
         finally:
             with translated(self._directory, "close an ingest"):
@@ -180,6 +182,7 @@ class Ingest:
 
     def _close(self) -> None:
         data, lock, self._data, self._lock = self._data, self._lock, -1, -1
+        self.drop_wrong()
         try:
             if self._journal is not None:
                 self._journal.close()
@@ -233,15 +236,25 @@ class Ingest:
                 with translated(self._directory, "write the journal"):
                     self._journal.append_island(self.generation, start, end)
 
-    def gap(self, start: int, end: int) -> tuple[int, int] | None:
-        """Return the first part of a range that nobody has written yet, None when all is there."""
+    def gap(self, start: int, end: int, *, written: bool = False) -> tuple[int, int] | None:
+        """Return the first part of a range that nobody has written yet, None when all is there.
+
+        What a thread is writing just now counts as there, except with ``written``.
+        """
         with self._guard:
             at = max(start, self._prefix)
             for left, right in self._islands:
+                if written and (left, right) not in self._done:
+                    continue
                 if left > at:
                     return (at, min(left, end)) if at < end else None
                 at = max(at, right)
             return (at, end) if at < end else None
+
+    def read(self, start: int, length: int) -> bytes:
+        """Return bytes that have been written in this generation."""
+        with translated(self._data_path, "read a blob that is being written"):
+            return os.pread(self._data, length, start)
 
     def show_stripes(self, count: int, unit: int) -> StripeState:
         """Return what tells other processes how far each of ``count`` stripes is.
@@ -271,8 +284,24 @@ class Ingest:
         with self._guard, self._hashing, translated(self._directory, "begin a new generation"):
             if self._journal is not None:
                 self.condemned = self.checkpoints()
-                self._journal.set_aside(self._directory / CONDEMNED)
+            self.drop_wrong()
+            if self.keeps_wrong and self._has_room(self.size):
+                self.wrong_data = os.dup(self._data)
+            self._state.condemn(self.generation)
             self._begin(self._state, self.generation + 1)
+
+    def drop_wrong(self) -> None:
+        """Let go of the bytes that were given up last."""
+        if self.wrong_data >= 0:
+            os.close(self.wrong_data)
+            self.wrong_data = -1
+
+    def give_up(self) -> None:
+        """Tell followers that the bytes prove wrong wherever they come from: none will come."""
+        if self._state is not None and not self._finished:
+            with translated(self._directory, "give an ingest up"):
+                self._state.set_status(GIVEN_UP, self._boot)
+            self._is_given_up = True
 
     def commit(self) -> None:
         """Prove size and digest and publish the blob; success as well when it was there already.
@@ -485,6 +514,11 @@ class Ingest:
                 f"{self._home.reserve_bytes} stay in reserve: free space (`stowray gc`) or choose "
                 "another --store",
             )
+
+    def _has_room(self, size: int) -> bool:
+        system = os.statvfs(self._directory)
+        free = system.f_bavail * system.f_frsize
+        return not system.f_blocks or free >= size + self._home.reserve_bytes
 
     def _remove(self) -> None:
         with translated(self._directory, "remove an ingest"):

@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 MAGIC = int.from_bytes(b"STOWING1", "little")
 LENGTH = 64
-GROWING, COMMITTED = 1, 2
+GROWING, COMMITTED, GIVEN_UP = 1, 2, 3
 _MASK = (1 << 64) - 1
-_MAGIC, _GENERATION, _PREFIX, _COMPLEMENT, _SIZE, _STATUS, _BOOT = range(7)
+_MAGIC, _GENERATION, _PREFIX, _COMPLEMENT, _SIZE, _STATUS, _BOOT, _CONDEMNED = range(8)
 _TORN_LIMIT = 1000
 
 
@@ -106,13 +106,18 @@ class IngestState:
 
     @property
     def status(self) -> int:
-        """GROWING or COMMITTED."""
+        """GROWING, COMMITTED, or GIVEN_UP: the writer got wrong bytes only and tries no more."""
         return self._fields[_STATUS]
 
     @property
     def boot(self) -> int:
         """The ``boot_key`` of the writer: only its own host sees its bytes as they are written."""
         return self._fields[_BOOT]
+
+    @property
+    def condemned(self) -> int:
+        """The last generation whose bytes proved wrong, 0: none; others may be void as well."""
+        return self._fields[_CONDEMNED]
 
     def expose(self, prefix: int) -> None:
         """Let followers read the first ``prefix`` bytes."""
@@ -126,6 +131,10 @@ class IngestState:
         """Void the prefix, then name the new generation."""
         self.expose(0)
         self._put(_MAGIC, MAGIC, generation, 0, _MASK, size, GROWING, boot)
+
+    def condemn(self, generation: int) -> None:
+        """Tell that the bytes of a generation proved wrong, before another one begins."""
+        self._put(_CONDEMNED, generation)
 
     def _put(self, field: int, *values: int) -> None:
         os.pwrite(self.descriptor, struct.pack(f"={len(values)}Q", *values), 8 * field)

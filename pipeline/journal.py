@@ -137,11 +137,6 @@ class Journal:
 
         write_all(self._descriptor, msgpack.packb(["island", generation, start, end]))
 
-    def set_aside(self, path: Path) -> None:
-        """Keep the file as ``path``; nothing is in the journal until it is rewritten."""
-        self.close()
-        self._path.replace(path)
-
     def close(self) -> None:
         """Close the file; idempotent."""
         if self._descriptor >= 0:

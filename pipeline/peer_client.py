@@ -15,7 +15,8 @@ import time
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from stowray.pipeline.errors import NodeError
-from stowray.pipeline.peer_paths import checkpoints_path, have_path, stripe_path
+from stowray.pipeline.peer_paths import checkpoints_path, have_path, pieces_path, stripe_path
+from stowray.pipeline.pieces import Pieces
 from stowray.pipeline.values import dataclass
 from stowray.pipeline.witness import Witness
 
@@ -25,9 +26,10 @@ if TYPE_CHECKING:
 _HEAD_LIMIT: Final = 16 << 10
 _DOCUMENT_LIMIT: Final = 64 << 20
 _BUSY: Final = 503
+_GIVEN_UP: Final = 410
 _END: Final = b"\r\n\r\n"
-# A proven blob has to be hashed for its checkpoints.
-_CHECKPOINT_SECONDS: Final = 60.0
+# A blob has to be read and hashed for it.
+_PIECES_SECONDS: Final = 120.0
 
 
 class BusyError(Exception):
@@ -51,14 +53,16 @@ class Head:
 class Have:
     """How far a peer is, and whom it reads from; see :meth:`SourceChoice.told`.
 
-    ``condemned`` is the last generation whose bytes it found wrong itself, 0: none.
+    ``fate`` is of the generation that was asked for (``fates``). ``given_up``: the blob will not
+    come, for its bytes prove wrong wherever the peer gets them from.
     """
 
     have: int
     upstream: str | None
     generation: int
     complete: bool
-    condemned: int
+    given_up: bool
+    fate: str
     pace: float
 
 
@@ -92,6 +96,8 @@ class PeerStream:
         status, headers = status_headers
         if status == _BUSY:
             raise BusyError(_number(headers.get("retry-after", "1"), self._address))
+        if status == _GIVEN_UP:
+            raise NodeError(self._address, "has given the blob up")
         if status != 200:
             raise NodeError(self._address, f"answered {status}")
         if headers.get("content-length", "") != str(self._left):
@@ -202,9 +208,9 @@ class PeerClient:
         length = stripe.length - position
         return self._ask(address, stripe_path(digest, stripe, position), length)
 
-    def have(self, address: str, digest: str, stripe: Stripe) -> Have:
-        """Ask how far a node is with a stripe."""
-        with self._ask(address, have_path(digest, stripe), 0) as stream:
+    def have(self, address: str, digest: str, stripe: Stripe, generation: int = 0) -> Have:
+        """Ask how far a node is with a stripe, and what became of a generation."""
+        with self._ask(address, have_path(digest, stripe, generation), 0) as stream:
             told = stream.document(self._answer_seconds)
         try:
             upstream = told["upstream"]
@@ -213,18 +219,28 @@ class PeerClient:
                 None if upstream is None else str(upstream),
                 int(told["generation"]),
                 bool(told["complete"]),
-                int(told["condemned"]),
+                bool(told["given_up"]),
+                str(told["fate"]),
                 float(told["pace"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise NodeError(address, "does not tell how far it is") from error
 
     def checkpoints(self, address: str, digest: str) -> Witness:
-        """Ask what a node hashed of a blob."""
+        """Ask what a node hashed of an arriving blob."""
         with self._ask(address, checkpoints_path(digest), 0) as stream:
-            told = stream.document(_CHECKPOINT_SECONDS)
+            told = stream.document(self._answer_seconds)
         try:
             return Witness.from_dict(told)
+        except ValueError as error:
+            raise NodeError(address, str(error)) from error
+
+    def pieces(self, address: str, digest: str) -> Pieces:
+        """Ask for the digests of a blob's pieces, as a node reads them now."""
+        with self._ask(address, pieces_path(digest), 0) as stream:
+            told = stream.document(_PIECES_SECONDS)
+        try:
+            return Pieces.from_dict(told)
         except ValueError as error:
             raise NodeError(address, str(error)) from error
 

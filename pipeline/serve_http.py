@@ -86,6 +86,11 @@ class Answers:
         if allowed is not None:
             self._peers = StripeAnswers(store, allowed, clock=clock, limits=limits, lookups=lookups)
 
+    def close(self) -> None:
+        """Close what is kept open between requests."""
+        if self._peers is not None:
+            self._peers.close()
+
     async def __call__(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request; what is asked wrongly or is not here is an error document."""
         begun = self._clock.monotonic()

@@ -50,7 +50,7 @@ class Listening:
         self._limits = limits
         self._lookups = ThreadPoolExecutor(limits.lookups, thread_name_prefix="serve-lookup")
         self._followers = ThreadPoolExecutor(limits.followers, thread_name_prefix="serve-follow")
-        answers = Answers(
+        answers = self._answers = Answers(
             store,
             authorize=authorize,
             allowed=allowed,
@@ -96,6 +96,7 @@ class Listening:
         # Followers see within milliseconds that they are cancelled; then the loop must still run.
         await asyncio.to_thread(self._followers.shutdown)
         await asyncio.to_thread(self._lookups.shutdown)
+        self._answers.close()
         await asyncio.sleep(0)
 
     def _connect(self) -> asyncio.BaseProtocol:

@@ -1,12 +1,14 @@
 """What peers of one run ask each other for: stripes, how far they are, and what was hashed.
 
     GET /stowray/v1/stripes/DIGEST/INDEX/COUNT/UNIT?from=POSITION   bytes, as they come
-    GET /stowray/v1/have/DIGEST/INDEX/COUNT/UNIT                    {have, upstream, pace, …}
+    GET /stowray/v1/have/DIGEST/INDEX/COUNT/UNIT?of=GENERATION      {have, upstream, fate, …}
     GET /stowray/v1/checkpoints/DIGEST                              what ``find_liar`` compares
+    GET /stowray/v1/pieces/DIGEST                                   where a copy differs, see there
 
 Invariant: only digests of the run are spoken of. A request for a blob that has not begun is held,
 and one for bytes that are still to come holds neither a thread nor a place of anybody. When the
-bytes turn out to be void the connection is cut, which no client takes for the end.
+bytes turn out to be void the connection is cut, which no client takes for the end; what became of
+them (``fates``) is told for as long as the server lives.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from aiohttp import web
 from stowray.pipeline.arriving import Arriving
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import NotFoundError, StowrayError
-from stowray.pipeline.peer_paths import CHECKPOINTS_PATH, STRIPE_PATH
+from stowray.pipeline.fates import UNKNOWN, Fates
+from stowray.pipeline.peer_paths import ABOUT_PATH, STRIPE_PATH
+from stowray.pipeline.pieces import read_pieces
 from stowray.pipeline.serve_body import cut, send_range
 from stowray.pipeline.serve_errors import COMMON_HEADERS, RefusalError, json_answer, later
 from stowray.pipeline.stripe_state import STRIPE_LIMIT
@@ -43,12 +47,14 @@ Value = TypeVar("Value")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 _FIRST_LOOK, _LONGEST_LOOK = 0.005, 0.1
 _LIFE_SECONDS = 0.25
+_GIVEN_UP = "given up"
 _NOTHING: dict[str, object] = {
     "have": 0,
     "upstream": None,
     "generation": 0,
     "complete": False,
-    "condemned": 0,
+    "given_up": False,
+    "fate": UNKNOWN,
     "pace": 0.0,
 }
 
@@ -70,6 +76,8 @@ class _Blob:
     users: int = 0
     descriptor: int = -1  # of the committed blob
     arriving: Arriving | None = None
+    is_given_up: bool = False
+    is_damaged: bool = False
     waiting: list[_Waiting] = field(default_factory=list)
     beginning: list[asyncio.Future[None]] = field(default_factory=list)
     watch: asyncio.Task[None] | None = None
@@ -113,15 +121,23 @@ class StripeAnswers:
         self._limits = limits
         self._lookups = lookups
         self._blobs: dict[Digest, _Blob] = {}
+        self._fates = Fates()
+        self._comparing: dict[Digest, asyncio.Task[dict[str, Any]]] = {}
         self._held = 0
+
+    def close(self) -> None:
+        """Forget what became of the bytes that were sent; nobody asks any more."""
+        self._fates.close()
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Answer one request, or raise RefusalError."""
         if request.method != "GET":
             raise RefusalError(405, "UNSUPPORTED", "only GET is known here", {"Allow": "GET"})
-        match = CHECKPOINTS_PATH.fullmatch(request.path)
+        match = ABOUT_PATH.fullmatch(request.path)
         if match is not None:
             digest = self._digest(match["digest"])
+            if match["kind"] == "pieces":
+                return await self._pieces(digest)
             witness = await self._in_pool(read_witness, self._store, digest)
             return json_answer(witness.to_dict(), {})
         match = STRIPE_PATH.fullmatch(request.path)
@@ -132,19 +148,19 @@ class StripeAnswers:
         if not (index < count <= STRIPE_LIMIT and unit > 0):
             raise RefusalError(400, "RANGE_INVALID", "no such stripe")
         if match["kind"] == "have":
-            return json_answer(await self._have(digest, index, count, unit), {})
-        text = request.query.get("from", "0")
-        if not (text.isascii() and text.isdecimal() and len(text) < 20):
-            raise RefusalError(400, "RANGE_INVALID", "no such position")
+            of = _number(request, "of")
+            return json_answer(await self._have(digest, (index, count, unit), of), {})
+        position = _number(request, "from")
         blob = self._blobs.setdefault(digest, _Blob(digest))
         blob.users += 1
         try:
             await self._begin(blob)
-            return await self._send(request, blob, (index, count, unit), int(text))
+            return await self._send(request, blob, (index, count, unit), position)
         finally:
             blob.users -= 1
             if blob.users == 0:
-                self._blobs.pop(digest, None)
+                if self._blobs.get(digest) is blob:
+                    del self._blobs[digest]
                 if blob.watch is not None:
                     blob.watch.cancel()
                 blob.let_go()
@@ -170,6 +186,8 @@ class StripeAnswers:
         try:
             async with asyncio.timeout(self._limits.hold_seconds):
                 while not blob.has_begun:
+                    if blob.is_given_up:
+                        raise RefusalError(410, "BLOB_UNKNOWN", "the blob was given up here")
                     begun: asyncio.Future[None] = asyncio.get_running_loop().create_future()
                     blob.beginning.append(begun)
                     try:
@@ -204,7 +222,7 @@ class StripeAnswers:
             response.content_length = stripe.length - position
             await response.prepare(request)
             if arriving is None:
-                await self._send_positions(request, file, stripe, position, stripe.length)
+                await self._send_positions(request, file, blob, stripe, position, stripe.length)
             else:
                 await self._send_arriving(request, file, blob, arriving, stripe, position)
         await response.write_eof()
@@ -226,7 +244,7 @@ class StripeAnswers:
                 cut(request)  # nobody looks any more
             have = arriving.position(stripe)
             if have > position:
-                await self._send_positions(request, file, stripe, position, have)
+                await self._send_positions(request, file, blob, stripe, position, have)
                 position = have
                 continue
             woken: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -238,9 +256,17 @@ class StripeAnswers:
                 blob.waiting.remove(waiting)
 
     async def _send_positions(
-        self, request: web.BaseRequest, file: FileIO, stripe: Stripe, start: int, end: int
+        self,
+        request: web.BaseRequest,
+        file: FileIO,
+        blob: _Blob,
+        stripe: Stripe,
+        start: int,
+        end: int,
     ) -> None:
         for first, last in stripe.ranges(start, end):
+            if blob.is_damaged:
+                cut(request)
             await send_range(request, file, first, last, self._limits.stall_seconds)
 
     # -- what is here, and what is on its way -----------------------------------------------------
@@ -263,6 +289,8 @@ class StripeAnswers:
                     # The disk has no answer now; those who wait are told so in time.
                     await asyncio.sleep(_LONGEST_LOOK)
                     continue
+                if blob.is_given_up:
+                    blob.wake()
                 if blob.has_begun:
                     alive_at = self._clock.monotonic()
                     pause, look = _FIRST_PAUSE, _FIRST_LOOK
@@ -300,18 +328,44 @@ class StripeAnswers:
         except asyncio.CancelledError:
             opening.add_done_callback(_close_unclaimed)
             raise
+        blob.is_given_up = found is _GIVEN_UP
         if isinstance(found, Arriving):
             blob.arriving = found
-        elif found is not None:
+            self._fates.note(blob.digest, found.state)
+        elif isinstance(found, int):
             blob.descriptor = found
 
-    async def _have(self, digest: Digest, index: int, count: int, unit: int) -> dict[str, object]:
+    async def _have(
+        self, digest: Digest, division: tuple[int, int, int], generation: int
+    ) -> dict[str, object]:
         blob = self._blobs.get(digest)
         if blob is not None and blob.arriving is not None:
-            return _told(blob.arriving, index, count, unit)
-        if blob is not None and not blob.has_begun and blob.watch is not None:
-            return _NOTHING  # it is looked for all the time
-        return await self._in_pool(_have, self._store, digest, index, count, unit)
+            told = _told(blob.arriving, division, generation)
+        elif blob is not None and not blob.has_begun and blob.watch is not None:
+            # It is looked for all the time.
+            told = {**_NOTHING, "given_up": blob.is_given_up}
+        else:
+            told = await self._in_pool(_have, self._store, digest, division, generation)
+        if told["fate"] == UNKNOWN:
+            told["fate"] = self._fates.of(digest, generation)
+        return told
+
+    async def _pieces(self, digest: Digest) -> web.Response:
+        """Read a blob anew, once for all who ask meanwhile; one that is damaged is sent no more."""
+        comparing = self._comparing.get(digest)
+        if comparing is None:
+            comparing = self._comparing[digest] = asyncio.ensure_future(self._compare(digest))
+            comparing.add_done_callback(lambda _: self._comparing.pop(digest, None))
+        told = await asyncio.shield(comparing)
+        return json_answer(told, {})
+
+    async def _compare(self, digest: Digest) -> dict[str, Any]:
+        pieces = await self._in_pool(read_pieces, self._store, digest)
+        if pieces.damaged:
+            blob = self._blobs.pop(digest, None)
+            if blob is not None:
+                blob.is_damaged = True
+        return pieces.to_dict()
 
     async def _in_pool(self, function: Callable[..., Value], *arguments: Any) -> Value:
         return await asyncio.get_running_loop().run_in_executor(self._lookups, function, *arguments)
@@ -322,8 +376,15 @@ def _wake(future: asyncio.Future[None]) -> None:
         future.set_result(None)
 
 
-def _open_begun(store: Store, digest: Digest) -> Arriving | int | None:
-    """Open the committed blob, else what a live writer is writing."""
+def _number(request: web.BaseRequest, name: str) -> int:
+    text = request.query.get(name, "0")
+    if not (text.isascii() and text.isdecimal() and len(text) < 20):
+        raise RefusalError(400, "RANGE_INVALID", "no such position")
+    return int(text)
+
+
+def _open_begun(store: Store, digest: Digest) -> Arriving | int | str | None:
+    """Open the committed blob, else what a live writer is writing; see whether it was given up."""
     for _ in range(2):
         try:
             return store.open_blob(digest)
@@ -332,46 +393,52 @@ def _open_begun(store: Store, digest: Digest) -> Arriving | int | None:
         if arriving is not None:
             if arriving.writer_lives() and not arriving.is_committed:
                 return arriving
+            is_given_up = arriving.is_given_up
             arriving.close()
+            if is_given_up:
+                return _GIVEN_UP
         # Between the two questions it may have been committed: ask once more.
     return None
 
 
-def _close_unclaimed(future: asyncio.Future[Arriving | int | None]) -> None:
+def _close_unclaimed(future: asyncio.Future[Arriving | int | str | None]) -> None:
     """Close what was opened for clients who have left meanwhile."""
     if future.cancelled() or future.exception() is not None:
         return
     found = future.result()
     if isinstance(found, Arriving):
         found.close()
-    elif found is not None:
+    elif isinstance(found, int):
         os.close(found)
 
 
-def _have(store: Store, digest: Digest, index: int, count: int, unit: int) -> dict[str, object]:
+def _have(
+    store: Store, digest: Digest, division: tuple[int, int, int], generation: int
+) -> dict[str, object]:
     """Return how far a stripe is on this node, and whom it is read from."""
     found = _open_begun(store, digest)
-    if found is None:
-        return _NOTHING
+    if not isinstance(found, Arriving | int):
+        return {**_NOTHING, "given_up": found is _GIVEN_UP}
     if isinstance(found, Arriving):
         try:
-            return _told(found, index, count, unit)
+            return _told(found, division, generation)
         finally:
             found.close()
     try:
-        stripe = Stripe(os.fstat(found).st_size, index, count, unit)
+        stripe = Stripe(os.fstat(found).st_size, *division)
     finally:
         os.close(found)
     return {**_NOTHING, "have": stripe.length, "complete": True}
 
 
-def _told(arriving: Arriving, index: int, count: int, unit: int) -> dict[str, object]:
-    stripe = Stripe(arriving.size, index, count, unit)
+def _told(arriving: Arriving, division: tuple[int, int, int], generation: int) -> dict[str, object]:
+    stripe = Stripe(arriving.size, *division)
     return {
         "have": arriving.position(stripe),
         "upstream": arriving.upstream(stripe),
         "pace": arriving.pace(stripe),
         "generation": arriving.generation,
         "complete": arriving.is_committed,
-        "condemned": arriving.condemned,
+        "given_up": False,
+        "fate": arriving.fate(generation),
     }

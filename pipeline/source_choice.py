@@ -15,187 +15,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from stowray.pipeline.values import dataclass
+from stowray.pipeline.source_actions import (
+    ORIGIN,
+    Action,
+    AskLease,
+    Fetch,
+    GiveUp,
+    Patience,
+    Pause,
+    Probe,
+    Report,
+)
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Sequence
 
-# No node has an empty name.
-ORIGIN: Final = ""
+    from stowray.pipeline.source_standing import Standing
 
-_FADE: Final = 0.95
 # Deeper than any tree, so that two nodes that wait for each other are not asked for ever.
 _HOP_LIMIT: Final = 24
 _FAILED, _SLOW, _STARVED = "failed", "slow", "starved"
-
-
-@dataclass(frozen=True, slots=True)
-class Patience:
-    """For how long, in seconds, what is put up with.
-
-    A source is dead after ``silence`` without a byte and ``answer`` without an answer. It is slow
-    when it gives less than ``slow_fraction`` of the expected rate, or less than ``least_rate``
-    bytes per second, for ``slow``. One that waits for its own source is left after ``starved``.
-    Who failed is passed over for ``avoid``, twice as long each time. ``tries`` is how often the
-    origin may fail without a byte in between. ``margin`` bytes are on their way or in buffers: two
-    nodes that are equally far may seem to differ by so much.
-    """
-
-    silence: float = 1.0
-    answer: float = 1.0
-    slow: float = 2.0
-    slow_fraction: float = 0.35
-    least_rate: float = 1024.0
-    starved: float = 8.0
-    avoid: float = 5.0
-    tries: int = 6
-    margin: int = 16 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class Fetch:
-    """Read from ``source`` (``ORIGIN`` or a node) from ``position`` on; leave the one before."""
-
-    source: str
-    position: int
-
-
-@dataclass(frozen=True, slots=True)
-class Probe:
-    """Ask ``source`` how far it is and whom it reads from; keep reading meanwhile."""
-
-    source: str
-
-
-@dataclass(frozen=True, slots=True)
-class AskLease:
-    """Ask the owner of the leases for the origin from ``position`` on.
-
-    ``failed`` gave nothing or wrong bytes, ``slow`` give too little.
-    """
-
-    position: int
-    failed: tuple[str, ...] = ()
-    slow: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Pause:
-    """There is nobody to ask now: stop reading, call ``tick`` at ``until``."""
-
-    until: float
-
-
-@dataclass(frozen=True, slots=True)
-class GiveUp:
-    """Neither nodes nor origin have helped."""
-
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Report:
-    """Something that a source did, for the log and the final report."""
-
-    source: str
-    kind: str
-    position: int
-    detail: str = ""
-
-
-Action = Fetch | Probe | AskLease | Pause | GiveUp
-
-
-class Standing:
-    """What one node holds of its sources, over all it fetches from them."""
-
-    def __init__(self, avoid_seconds: float = 5.0) -> None:
-        self._avoid = avoid_seconds
-        self._failed: set[str] = set()
-        self._slow: set[str] = set()
-        self._strikes: dict[str, int] = {}
-        self._until: dict[str, float] = {}
-        self._busy: dict[str, float] = {}
-        self._banned: set[str] = set()
-
-    def strike(self, source: str, now: float, *, failed: bool = False) -> None:
-        """Pass ``source`` over for a time, twice as long each time.
-
-        It ``failed``, or it is slow.
-        """
-        (self._failed if failed else self._slow).add(source)
-        strikes = self._strikes.get(source, 0)
-        self._strikes[source] = strikes + 1
-        self._until[source] = now + self._avoid * (1 << min(strikes, 6))
-
-    def postpone(self, source: str, until: float) -> None:
-        """Pass ``source`` over until then: it is busy, or waits itself."""
-        self._strikes[source] = self._strikes.get(source, 0) + 1
-        self._busy[source] = until
-
-    def forgive(self, source: str) -> None:
-        """Forget the strikes of a source that gave right bytes."""
-        if self._strikes:
-            self._strikes.pop(source, None)
-            self._failed.discard(source)
-            self._slow.discard(source)
-
-    def ban(self, source: str) -> None:
-        """Never ask ``source`` again in this run: it gave wrong bytes."""
-        self._banned.add(source)
-
-    def has_failed(self, source: str) -> bool:
-        """Tell whether ``source`` cannot be relied on: the origin may be read in its stead."""
-        return source in self._failed or source in self._banned
-
-    def is_slow(self, source: str) -> bool:
-        """Tell whether ``source`` gave less than others and nothing better since."""
-        return source in self._slow
-
-    def is_banned(self, source: str) -> bool:
-        """Tell whether ``source`` gave wrong bytes."""
-        return source in self._banned
-
-    def strikes(self, source: str) -> int:
-        """Return how often ``source`` was passed over since it last was good."""
-        return self._strikes.get(source, 0)
-
-    def usable_from(self, source: str) -> float:
-        """Return when ``source`` may be asked again; infinity for one that gave wrong bytes."""
-        if source in self._banned:
-            return float("inf")
-        return max(self._until.get(source, 0.0), self._busy.get(source, 0.0))
-
-    def can_give(self, source: str, now: float) -> bool:
-        """Tell whether ``source``, slow or not, gives bytes that it has."""
-        return not self.has_failed(source) and self._busy.get(source, 0.0) <= now
-
-
-class Pace:
-    """The rate that a node may expect of one source: what its other streams get.
-
-    A node whose own link is slow gets little from everybody, and so blames nobody.
-    """
-
-    def __init__(self) -> None:
-        self.expected = 0.0
-
-    def observe(self, rates: Iterable[float]) -> float:
-        """Take the rates of all streams whose sources were not waiting; return what to expect.
-
-        Called once a second. When most streams are slow at once, or few are left, what they got
-        before still counts for a while.
-        """
-        ordered = sorted(rates)
-        median = ordered[len(ordered) // 2] if len(ordered) >= 3 else 0.0
-        self.expected = max(median, self.expected * _FADE)
-        return self.expected
 
 
 class SourceChoice:
     """Chooses for one stripe on one node; ``sources`` are in the planner's order."""
 
     __slots__ = (
+        "_anew",
         "_answered",
         "_asked",
         "_below",
@@ -210,10 +56,10 @@ class SourceChoice:
         "_origin_from",
         "_patience",
         "_pause_until",
+        "_promised",
         "_reader_had",
         "_source_pace",
         "_sources",
-        "_spans",
         "_standing",
         "_starved_position",
         "_starved_since",
@@ -224,6 +70,7 @@ class SourceChoice:
         "position",
         "reports",
         "source",
+        "taken",
     )
 
     def __init__(
@@ -238,12 +85,12 @@ class SourceChoice:
         self.length = length
         self.position = position
         self.source: str | None = None
+        self.taken = 0  # bytes that sources gave
         self.reports: list[Report] = []
         self._sources = tuple(sources)
         self._elsewhere: tuple[str, ...] = ()
         self._standing = standing
         self._patience = patience
-        self._spans: list[tuple[int, str]] = []
         self._heard = 0.0
         self._asked = 0.0
         self._answered = 0.0
@@ -261,6 +108,8 @@ class SourceChoice:
         self._pause_until = 0.0
         self._limit = length
         self._waits_for_lease = False
+        self._anew: str | None = None  # began again from nothing: it may well be behind
+        self._promised = False  # whether the owner of the leases says that the source has bytes
         self._origin_from = 0.0
         self._origin_failures = 0
 
@@ -276,15 +125,6 @@ class SourceChoice:
             self.source is None or bool(self._asked) or bool(self._starved_since)
         )
 
-    def source_of(self, position: int) -> str | None:
-        """Return who gave the byte at ``position``."""
-        found = None
-        for start, source in self._spans:
-            if start > position:
-                break
-            found = source
-        return found
-
     # -- events -----------------------------------------------------------------------------------
 
     def begin(self, now: float) -> Action:
@@ -296,7 +136,9 @@ class SourceChoice:
 
         One that is behind this node can only be waited for: another is better.
         """
-        if self.source == ORIGIN or have + self._patience.margin >= self.position:
+        if self._promised and have <= self.position:
+            return self._leave(now, _STARVED, "has lost it")
+        if self.source in (ORIGIN, self._anew) or have + self._patience.margin >= self.position:
             return None
         return self._leave(now, _STARVED, "is behind")
 
@@ -311,13 +153,31 @@ class SourceChoice:
         if further:
             self._suspect(now, patience.answer / 4)
         self.position += count
+        self.taken += count
         self._heard = now
         self._asked = 0.0
+        self._promised = False
         if self.source == ORIGIN and count:
             self._origin_failures = 0
         if self._limit <= self.position < self.length:
             return self._next(now)
         return None
+
+    def skipped(self, count: int, now: float) -> Action | None:
+        """Go on behind bytes that are here already: read from there, if a node is the source."""
+        self.position += count
+        self._turn_window(now)
+        if self.done or (self.source == ORIGIN and self.position < self._limit):
+            return None
+        return self._take(now, self.source) if self.source else self._next(now)
+
+    def begun_anew(self, now: float) -> Action:
+        """Ask again: the source found its own bytes wrong and begins anew, at which it is good."""
+        self._anew = self.source
+        if self.source not in self._sources:
+            # It was named because it read or had the bytes, and may now wait for this node's.
+            self._elsewhere = ()
+        return self._next(now)
 
     def held_up(self, now: float) -> None:
         """Take note that this node itself did not read for a while: nobody is to blame."""
@@ -334,23 +194,6 @@ class SourceChoice:
             self._standing.postpone(self.source, now + seconds)
         elif self.source == ORIGIN:
             self._origin_from = now + seconds
-        return self._next(now)
-
-    def wrong(self, now: float, position: int, liar: str | None) -> Action:
-        """Go back to ``position``: from there the bytes proved wrong, and ``liar`` is to blame.
-
-        Without a ``liar`` (nothing could be compared) it is whoever gave the byte there.
-        """
-        guilty = liar if liar is not None else self.source_of(position)
-        self.position = min(position, self.position)
-        self._spans = [span for span in self._spans if span[0] < self.position]
-        if guilty is not None:
-            self.reports.append(Report(guilty, "lying", position))
-            if guilty == ORIGIN:
-                self._origin_failures += 1
-                self._origin_from = now + self._patience.avoid
-            else:
-                self._standing.ban(guilty)
         return self._next(now)
 
     def tick(self, now: float, expected: float = 0.0) -> Action | None:
@@ -371,8 +214,9 @@ class SourceChoice:
                 return self._leave(now, _FAILED, "does not answer")
             # Those who read from that one will notice; here it need not be tried first.
             self._suspect(now, patience.answer)
-            self._starve(now)
-            return None
+            return self._starve(now)
+        if self._promised and now > self._heard:  # two that have lost it may wait for each other
+            return self._probe(now, self.source)
         least = max(expected * patience.slow_fraction, patience.least_rate)
         if self._starved_since and now - self._starved_since >= patience.starved:
             came = self.position - self._starved_position
@@ -409,6 +253,9 @@ class SourceChoice:
         hop, below = self._hop, self._below
         if hop == self.source:
             self._source_pace = pace
+        if self._promised and have <= self.position:
+            return self._leave(now, _STARVED, "has lost it")
+        self._promised = False
         margin = self._patience.margin
         if have > self.position + margin or have >= self.length:
             if hop == self.source:
@@ -419,9 +266,8 @@ class SourceChoice:
             if below == self.source:
                 # It is the one above that sends little: the source will leave that one itself.
                 self._standing.postpone(hop, now + self._patience.avoid)
-            self._starve(now)
-            return None
-        if hop == self.source and have + margin < self.position:
+            return self._starve(now)
+        if hop == self.source and have + margin < self.position and hop != self._anew:
             return self._leave(now, _STARVED, "is behind")
         if upstream == ORIGIN and hop == self.source:
             # It reads from the origin. If bytes come there and are few, it is slow; if none come
@@ -430,12 +276,10 @@ class SourceChoice:
             self._reader_had = have
             if trickles:
                 return self._leave(now, _SLOW, "receives slowly")
-            self._starve(now)
-            return None
+            return self._starve(now)
         self._hops += 1
         if not upstream or self._hops > _HOP_LIMIT:
-            self._starve(now)
-            return None
+            return self._starve(now)
         self._hop, self._below, self._asked = upstream, hop, now
         return Probe(upstream)
 
@@ -458,7 +302,9 @@ class SourceChoice:
         self._elsewhere = tuple(nodes)
         for node in nodes:
             if self._standing.usable_from(node) <= now:
-                return self._take(now, node)
+                fetch = self._take(now, node)
+                self._promised = not reading
+                return fetch
         for node in () if reading else nodes:
             if self._standing.can_give(node, now):
                 fetch = self._take(now, node)
@@ -502,16 +348,15 @@ class SourceChoice:
 
     def _take(self, now: float, source: str) -> Fetch:
         self.source = source
+        if source != self._anew:
+            self._anew = None
         self._limit = self.length
+        self._promised = False
         self._reader_had = -1
         self._dry = False
         self._asked = self._starved_since = self._answered = 0.0
         self._heard = now
         self._turn_window(now)
-        if not self._spans or self._spans[-1][1] != source:
-            if self._spans and self._spans[-1][0] == self.position:
-                self._spans.pop()
-            self._spans.append((self.position, source))
         return Fetch(source, self.position)
 
     def _pause(self, now: float, seconds: float) -> Pause:
@@ -527,7 +372,7 @@ class SourceChoice:
         self._hop, self._below, self._hops = source, "", 0
         return Probe(source)
 
-    def _starve(self, now: float) -> None:
+    def _starve(self, now: float) -> Action | None:
         """Stay with the source, which waits for others, for a time."""
         self._asked = 0.0
         self._answered = now
@@ -535,6 +380,7 @@ class SourceChoice:
         if not self._starved_since:
             self._starved_since, self._starved_position = now, self.position
         self._turn_window(now)
+        return None
 
     def _suspect(self, now: float, seconds: float) -> None:
         """Try others before a node further up that has not answered for ``seconds``."""
@@ -559,38 +405,3 @@ class SourceChoice:
     def _turn_window(self, now: float) -> None:
         self._window = now
         self._window_position = self.position
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """Who is to blame for wrong bytes, and the checkpoint at which that shows first."""
-
-    node: str
-    offset: int
-
-
-def find_liar(
-    proven: Mapping[int, bytes], hops: Sequence[tuple[str, Mapping[int, bytes]]]
-) -> Verdict | None:
-    """Return the hop at which the checkpoints first differ from those of a proven copy.
-
-    ``hops`` go from the one who found out upwards: itself, its source, that one's source. Each maps
-    offsets to the digest of all bytes before. Whoever only passed on what it got has a source that
-    differs as well, and is not to blame; a hop that says nothing about the offset is passed over.
-    """
-    first = None
-    for offset in sorted(hops[0][1]) if hops else ():
-        if offset in proven and hops[0][1][offset] != proven[offset]:
-            first = offset
-            break
-    if first is None:
-        return None
-    guilty = hops[0][0]
-    for node, checkpoints in hops[1:]:
-        told = checkpoints.get(first)
-        if told is None:
-            continue
-        if told == proven[first]:
-            break
-        guilty = node
-    return Verdict(guilty, first)

@@ -1,112 +1,159 @@
-"""Who sent wrong bytes of a blob, and whom to take it from then.
+"""Who sent wrong bytes of a blob, where they are, and whom to take it from then.
 
-Invariant: nobody is banned for what it only passed on. A node is banned when it sent wrong bytes
-and said that it had proven them, or when the checkpoints of those through whose hands they went
-(``find_liar``) show that they were right before it and wrong after it; and the latter is only
-decided when this node, or two others that say the same, have proven the blob. Until then, whoever
-may have sent them is left alone.
+Invariant: nobody is banned for what it only passed on. A node is banned when it has found its own
+committed bytes wrong, when it sent wrong bytes and said that it had proven them, or when it had
+right ones and sent others (``find_liar``); which bytes were wrong is known from comparing them with
+this node's own proven copy, byte for byte. Until then, whoever may have sent them is left alone.
+
+A blob that proves wrong is not thrown away: a node that has proven it tells the digests of its
+pieces, and only those that differ come again. Where nobody has, see ``spread_repair``.
 """
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
-from dataclasses import field
 from typing import TYPE_CHECKING, Final
 
+from stowray.pipeline import fates
 from stowray.pipeline.errors import DigestMismatchError, NodeError
 from stowray.pipeline.fetch import WRONG_LIMIT
-from stowray.pipeline.source_choice import ORIGIN, Report, find_liar
+from stowray.pipeline.files import open_regular, translated
+from stowray.pipeline.pieces import PIECE_SIZE, differences, differing, piece_digest
+from stowray.pipeline.source_actions import ORIGIN, Report
+from stowray.pipeline.source_blame import Hop, find_liar
 from stowray.pipeline.spread_leases import stripe_key
+from stowray.pipeline.spread_repair import Repair
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
+    from stowray.pipeline.pieces import Range
     from stowray.pipeline.spread_job import Job
-    from stowray.pipeline.spread_stream import StripeStream
-    from stowray.pipeline.witness import Witness
+    from stowray.pipeline.spread_stream import Claim, StripeStream
 
-# More nodes than these are not asked for one blob.
-_WITNESS_LIMIT: Final = 24
-# So often wrong bytes may come without anybody to blame before only the origin is asked.
-_UNDECIDED_LIMIT: Final = 1
+# More nodes than these are not asked for one blob, and fewer yet have to read it for this one.
+_ASKED_LIMIT: Final = 24
+_READ_LIMIT: Final = 4
+# Deeper than any tree.
+_HOP_LIMIT: Final = 24
+# So many generations may prove wrong before the blob is given up.
+_GENERATION_LIMIT: Final = 6
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Case:
-    """One generation that proved wrong: its checkpoints, who gave what, and what others say."""
+    """The generation that proved wrong last: its checkpoints, and who gave what."""
 
     condemned: Mapping[int, bytes]
     streams: Sequence[StripeStream]
-    witnesses: dict[str, Witness] = field(default_factory=dict)
 
 
 class Inquiry:
-    """All that went wrong with one blob on this node."""
+    """All that went wrong with one blob on this node; ``path`` is where it is once proven."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, path: Path) -> None:
         self._job = job
-        self._cases: list[_Case] = []
+        self._path = path
+        self._case: _Case | None = None
         self._convicted: set[str] = set()
-        self._undecided = 0
+        # Who alone gave a piece that is wrong, if the piece has this digest once it is proven.
+        self._accused: dict[str, tuple[Range, bytes]] = {}
+        self._best: str | None = None
+        self._wrong = 0
         self._origin_wrong = 0
         self._is_resumed = job.ingest.is_resumed
+        job.ingest.keeps_wrong = True
 
-    def trusted(self, sources: Sequence[str]) -> tuple[str, ...]:
-        """Return those of ``sources`` from which the blob is taken now."""
-        if self._undecided > _UNDECIDED_LIMIT:
-            return ()
-        return tuple(source for source in sources if source not in self._job.distrusted)
+    def sources(self, planned: Sequence[str]) -> tuple[str, ...]:
+        """Return from whom a stripe is taken now, of those that were ``planned`` and others."""
+        job = self._job
+        known = dict.fromkeys((self._best, *planned) if self._best else planned)
+        return tuple(source for source in known if source not in job.distrusted)
 
     def checkpoints(self) -> Mapping[int, bytes]:
         """Return the checkpoints of what is about to be proven, if anybody will want them."""
-        return self._job.ingest.checkpoints() if self._cases else {}
+        return self._job.ingest.checkpoints() if self._case is not None else {}
 
-    def forget(self) -> None:
-        """Take note that the bytes are dropped before anything was proven of them."""
+    def drop(self) -> None:
+        """Drop bytes before anything was proven of them: their source has found them wrong."""
+        ingest = self._job.ingest
         self._is_resumed = False
+        self._case = None
+        self._job.repair = None
+        ingest.keeps_wrong = False
+        ingest.restart()
+        ingest.keeps_wrong = True
         self._tell_lost()
 
     def open(self, streams: Sequence[StripeStream], error: DigestMismatchError) -> None:
-        """Take note that the bytes of ``streams`` proved wrong; ``error`` when that is final."""
+        """Take note that the bytes of ``streams`` proved wrong, and prepare to go on.
+
+        Raises ``error`` when nothing better is to be hoped for.
+        """
         job = self._job
-        case = _Case(job.ingest.condemned, streams)
         self._tell_lost()
         job.retry()
+        job.repair = None
+        self._wrong += 1
+        self._best = None
         givers = {giver for stream in streams for giver in stream.givers}
         is_resumed, self._is_resumed = self._is_resumed, False
         if givers == {ORIGIN} and not is_resumed:
-            self._origin_wrong += 1
-            job.prefer_home()
-            if self._origin_wrong >= WRONG_LIMIT:
-                raise error
-            return
+            self._note_origin(error)
+        elif self._wrong >= _GENERATION_LIMIT:
+            raise error
+        self._case = None if is_resumed else _Case(job.ingest.condemned, streams)
         liar = None if is_resumed else _sole_liar(streams)
         if liar is not None:
             self._convict(liar, 0, "sent all bytes and had proven them, it said")
-            return
-        self._cases.append(case)
-        self._hear(case, givers)
-        known = len(self._convicted)
-        agreed = _agreed(case.witnesses)
-        if agreed is not None:
-            self._decide(case, agreed)
-            if len(self._convicted) > known:
-                return
+        wrong = self._compare(streams, givers)
+        claims = {claim for stream in streams for claim in stream.claims}
+        if wrong is not None:
+            claims = {claim for start, end in wrong for claim in _givers(streams, start, end)}
         if not is_resumed:
-            # Else the bytes that an earlier run left may have been the wrong ones.
-            self._undecided += 1
-            # Those that said nothing of proof come first; by now they may have the right bytes.
-            claims = {claim for stream in streams for claim in stream.claims}
-            unproven = {giver for giver, claim in claims if not claim.complete}
-            proven = {name for name, witness in case.witnesses.items() if witness.complete}
-            job.distrusted = (unproven - proven if unproven else givers) - {ORIGIN}
+            # Who says that it has proven them may be wrong; others may have been given them.
+            job.distrusted |= {giver for giver, claim in claims if claim.complete}
+            job.suspects |= {
+                (giver, claim.generation)
+                for giver, claim in claims
+                if giver != ORIGIN and not claim.complete
+            }
+        if job.ingest.wrong_data >= 0:
+            job.repair = Repair(job.ingest, guesses=wrong is None)
+            if wrong is not None:
+                job.repair.keep(wrong)
 
     def close(self, proven: Mapping[int, bytes]) -> None:
-        """Decide all cases: this node has proven the blob, with these checkpoints on the way."""
-        for case in self._cases:
-            self._decide(case, proven)
+        """Charge who is to blame: this node has proven the blob, with these checkpoints."""
+        case, data = self._case, self._job.ingest.wrong_data
+        if not self._accused and (case is None or data < 0):
+            return
+        with translated(self._path, "compare a blob"):
+            descriptor = open_regular(self._path)
+            try:
+                for giver, ((start, end), digest) in self._accused.items():
+                    if piece_digest(os.pread(descriptor, end - start, start)) == digest:
+                        self._convict(giver, start, "sent wrong bytes and had proven them, it said")
+                if case is None or data < 0:
+                    return
+                found = differences(data, descriptor, self._job.ingest.size)
+            finally:
+                os.close(descriptor)
+        asked: set[object] = set()
+        for number, offset in enumerate(found):
+            given = next(iter(_givers(case.streams, offset, offset + 1)), None)
+            if given is None or given in asked:
+                continue
+            asked.add(given)
+            point = min((at for at in case.condemned if at > offset and at in proven), default=0)
+            right = proven[point] if point and number == 0 else b""
+            guilty = find_liar(right, self._hops(case, offset, point if right else 0))
+            if guilty is not None:
+                self._convict(guilty, offset, "sent other bytes than it had")
 
     # -- internals --------------------------------------------------------------------------------
 
@@ -116,57 +163,106 @@ class Inquiry:
             with suppress(*OWNER_ERRORS):
                 shared.leases.lost(stripe_key(self._job.digest, index, count))
 
-    def _hear(self, case: _Case, givers: set[str]) -> None:
-        """Ask all through whose hands the bytes may have gone, before they forget."""
-        shared = self._job.shared
-        waiting = sorted(givers - {ORIGIN})
-        asked: set[str] = set()
-        while waiting and len(asked) < _WITNESS_LIMIT:
+    def _note_origin(self, error: DigestMismatchError) -> None:
+        job = self._job
+        self._origin_wrong += 1
+        job.prefer_home()
+        if self._origin_wrong + len(job.given_up_by) >= WRONG_LIMIT:
+            job.ingest.give_up()
+            raise error
+
+    def _compare(
+        self, streams: Sequence[StripeStream], givers: Iterable[str]
+    ) -> Sequence[Range] | None:
+        """Return which pieces are wrong, as somebody tells who has proven the blob.
+
+        Who is found to have damaged bytes itself is charged on the way.
+        """
+        job = self._job
+        read = 0
+        for node, address in self._holders(streams, givers):
+            if read >= _READ_LIMIT:
+                break
+            read += 1
+            job.check()
+            with suppress(NodeError):
+                pieces = job.shared.client.pieces(address, job.digest)
+                if pieces.damaged:
+                    self._convict(node, 0, "has found the bytes on its disk wrong")
+                if not pieces.complete or job.ingest.wrong_data < 0:
+                    continue
+                wrong = differing(job.ingest.wrong_data, job.ingest.size, pieces.digests)
+                if wrong:
+                    self._best = node
+                    self._accuse(streams, wrong, pieces.digests)
+                    return wrong
+        return None
+
+    def _accuse(
+        self, streams: Sequence[StripeStream], wrong: Sequence[Range], right: Sequence[bytes]
+    ) -> None:
+        for start, end in wrong:
+            given = set(_givers(streams, start, end))
+            if len(given) == 1 and not any(stream.has_kept for stream in streams):
+                giver, claim = given.pop()
+                if claim.complete:
+                    self._accused[giver] = ((start, end), right[start // PIECE_SIZE])
+
+    def _holders(
+        self, streams: Sequence[StripeStream], givers: Iterable[str]
+    ) -> Iterable[tuple[str, str]]:
+        """Yield those that say that they have proven the blob, with their addresses."""
+        job, shared = self._job, self._job.shared
+        planned = [source for stream in streams for source in stream.sources]
+        waiting = list(dict.fromkeys((*sorted(givers), *planned)))
+        asked: set[str] = {ORIGIN, shared.node}
+        stripe = streams[0].stripe
+        while waiting and len(asked) < _ASKED_LIMIT:
             node = waiting.pop(0)
-            if node in asked or node == shared.node:
-                continue
+            address = "" if node in asked else shared.address(node)
             asked.add(node)
-            address = shared.address(node)
             if not address:
                 continue
-            self._job.check()
             with suppress(NodeError):
-                witness = shared.client.checkpoints(address, self._job.digest)
-                case.witnesses[node] = witness
-                waiting += [name for name in witness.upstreams if name]
+                told = shared.client.have(address, job.digest, stripe)
+                if told.complete:
+                    yield node, address
+                elif told.upstream:
+                    waiting.append(told.upstream)
 
-    def _decide(self, case: _Case, proven: Mapping[int, bytes]) -> None:
-        first = _first_difference(case.condemned, proven)
-        if first is None:
-            return
-        stream = next(
-            stream
-            for stream in case.streams
-            if stream.stripe.position(first) > stream.stripe.position(first - 1)
-        )
-        given = stream.giver(stream.stripe.position(first - 1))
+    def _hops(self, case: _Case, offset: int, point: int) -> Iterable[Hop]:
+        """Yield through whose hands the byte at ``offset`` came, from its giver upwards.
+
+        ``point`` is the checkpoint at which they are compared, 0: none.
+        """
+        job = self._job
+        stream = _stream(case.streams, offset)
+        given = stream.giver(stream.stripe.position(offset))
         if given is None:
             return
-        giver, claim = given
-        if giver == ORIGIN:
-            self._convict(ORIGIN, first, "")
-            return
-        if claim.complete:
-            self._convict(giver, first, "sent wrong bytes and had proven them, it said")
-            return
-        mine = case.condemned[first]
-        hops: list[tuple[str, Mapping[int, bytes]]] = [(self._job.shared.node, {first: mine})]
-        node: str | None = giver
-        while node and node in case.witnesses and node not in dict(hops):
-            witness = case.witnesses[node]
-            hops.append((node, {first: _told(witness, first, mine)}))
-            upstreams = witness.upstreams
-            index = stream.stripe.index
-            node = upstreams[index] if index < len(upstreams) else None
-        hops = [(name, {at: told for at, told in points.items() if told}) for name, points in hops]
-        guilty = _guilty(proven, hops, case.witnesses, reaches_origin=node == ORIGIN)
-        if guilty is not None:
-            self._convict(guilty, first, "the bytes are right before it and wrong behind it")
+        node, claim = given
+        generation = claim.generation
+        is_claimed = claim.complete
+        for _ in range(_HOP_LIMIT):
+            if node == ORIGIN or is_claimed:
+                yield Hop(node, is_claimed)
+                return
+            address = job.shared.address(node)
+            if not address:
+                return
+            fate, told, upstream = fates.UNKNOWN, b"", None
+            with suppress(NodeError):
+                have = job.shared.client.have(address, job.digest, stream.stripe, generation)
+                fate, upstream = have.fate, have.upstream
+                if point and fate == fates.GROWING:
+                    witness = job.shared.client.checkpoints(address, job.digest)
+                    if witness.generation == generation:
+                        told = witness.checkpoints.get(point, b"")
+            yield Hop(node, fate=fate, told=told)
+            if fate != fates.GROWING or upstream is None:
+                return
+            # What it reads now it most likely read then; a generation is not known of that one.
+            node, generation = upstream, 0
 
     def _convict(self, guilty: str, offset: int, detail: str) -> None:
         if guilty in self._convicted:
@@ -177,63 +273,29 @@ class Inquiry:
             self._job.shared.standing.ban(guilty)
 
 
+def _stream(streams: Sequence[StripeStream], offset: int) -> StripeStream:
+    return next(
+        stream
+        for stream in streams
+        if stream.stripe.position(offset + 1) > stream.stripe.position(offset)
+    )
+
+
+def _givers(streams: Sequence[StripeStream], start: int, end: int) -> Iterable[tuple[str, Claim]]:
+    """Yield who gave the bytes from ``start`` to ``end``, and what they said of them."""
+    for stream in streams:
+        yield from stream.given(stream.stripe.position(start), stream.stripe.position(end))
+
+
 def _sole_liar(streams: Sequence[StripeStream]) -> str | None:
     """Return who gave everything and said that it was proven.
 
     The last byte of a blob in one piece is a claim as well: it is sent when the rest was proven.
     """
     claims = {(source, claim) for stream in streams for source, claim in stream.claims}
-    if len(claims) != 1:
+    if len(claims) != 1 or any(stream.has_kept for stream in streams):
         return None
     source, claim = next(iter(claims))
     if source == ORIGIN or not (claim.complete or len(streams) == 1):
         return None
     return source
-
-
-def _agreed(witnesses: Mapping[str, Witness]) -> Mapping[int, bytes] | None:
-    """Return the checkpoints of nodes that have proven the blob, if two or more say the same."""
-    told = [witness.checkpoints for witness in witnesses.values() if witness.complete]
-    if len(told) < 2 or any(points != told[0] for points in told):
-        return None
-    return told[0]
-
-
-def _first_difference(condemned: Mapping[int, bytes], proven: Mapping[int, bytes]) -> int | None:
-    for offset in sorted(condemned):
-        if offset in proven and condemned[offset] != proven[offset]:
-            return offset
-    return None
-
-
-def _told(witness: Witness, offset: int, mine: bytes) -> bytes:
-    """Return what a node says of ``offset``: of the bytes that it passed on, if it still knows."""
-    if witness.condemned.get(offset) == mine:
-        return mine
-    return witness.checkpoints.get(offset) or witness.condemned.get(offset) or b""
-
-
-def _guilty(
-    proven: Mapping[int, bytes],
-    hops: Sequence[tuple[str, Mapping[int, bytes]]],
-    witnesses: Mapping[str, Witness],
-    *,
-    reaches_origin: bool,
-) -> str | None:
-    """Return who is to blame, None when the hops do not tell.
-
-    ``find_liar`` finds the last hop whose bytes are wrong. If that one says that it has proven
-    them it is to blame; else it passed on what it got, from one that has the right bytes itself and
-    sent others.
-    """
-    verdict = find_liar(proven, hops)
-    if verdict is None:
-        return None
-    names = [name for name, _ in hops]
-    number = names.index(verdict.node)
-    if number > 0 and witnesses[verdict.node].complete:
-        return verdict.node
-    if number + 1 < len(hops):
-        name, points = hops[number + 1]
-        return name if points.get(verdict.offset) == proven[verdict.offset] else None
-    return ORIGIN if reaches_origin else None

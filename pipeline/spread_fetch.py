@@ -18,7 +18,7 @@ from stowray.pipeline.fetch import TAKE_OVER_SECONDS, Fetched, places_of
 from stowray.pipeline.peer_client import PeerClient
 from stowray.pipeline.registry import never
 from stowray.pipeline.retry import wait
-from stowray.pipeline.source_choice import Patience
+from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread_blame import Inquiry
 from stowray.pipeline.spread_job import Job
 from stowray.pipeline.spread_shared import Shared
@@ -118,7 +118,8 @@ class SpreadFetcher:
         work.tell("downloading", ingest.offset)
         places = places_of(self._origins, work.reference)
         deadline = self._settings.deadline_seconds
-        _Bringing(self._shared, work, ingest, portions, places, deadline).bring()
+        bringing = _Bringing(self._shared, work, ingest, portions, places, deadline)
+        bringing.bring(Inquiry(bringing.job, self._store.blob_path(ingest.digest)))
         if work.by_source:
             work.source = max(work.by_source, key=lambda source: work.by_source[source])
 
@@ -163,40 +164,34 @@ class _Bringing:
         self._portions = sorted(portions, key=lambda portion: portion.stripe.index)
         stripe = self._portions[0].stripe
         shown = ingest.show_stripes(stripe.count, stripe.unit)
-        self._job = Job(shared, work, ingest, shown, places, deadline_seconds)
-        self._inquiry = Inquiry(self._job)
+        self.job = Job(shared, work, ingest, shown, places, deadline_seconds)
         self._errors: list[BaseException] = []
         self._running = 0
 
-    def bring(self) -> None:
+    def bring(self, inquiry: Inquiry) -> None:
         """Bring all bytes, prove and commit them."""
         while True:
             try:
-                streams = self._receive()
+                streams = self._receive(inquiry)
             except VoidError:
-                self._begin_anew()
+                inquiry.drop()
+                self._errors.clear()
+                self.job.go_on()
                 continue
-            points = self._inquiry.checkpoints()
+            points = inquiry.checkpoints()
             try:
                 self._ingest.commit()
             except DigestMismatchError as error:
-                self._inquiry.open(streams, error)
+                inquiry.open(streams, error)
             else:
-                self._inquiry.close(points)
+                inquiry.close(points)
                 return
 
-    def _begin_anew(self) -> None:
-        """Drop bytes that their source has found wrong; that one is not to blame."""
-        self._inquiry.forget()
-        self._ingest.restart()
-        self._errors.clear()
-        self._job.go_on()
-
-    def _receive(self) -> list[StripeStream]:
+    def _receive(self, inquiry: Inquiry) -> list[StripeStream]:
         """Receive all bytes of one generation."""
-        job = self._job
+        job = self.job
         streams = [
-            StripeStream(job, portion, self._inquiry.trusted(portion.sources))
+            StripeStream(job, portion, inquiry.sources(portion.sources))
             for portion in self._portions
         ]
         threads = [
@@ -223,16 +218,16 @@ class _Bringing:
         try:
             stream.run()
         except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
-            with self._job.changed:
+            with self.job.changed:
                 self._errors.append(error)
         finally:
-            with self._job.changed:
+            with self.job.changed:
                 self._running -= 1
-                self._job.changed.notify_all()
+                self.job.changed.notify_all()
 
     def _supervise(self, streams: Sequence[StripeStream]) -> None:
         """Wait for the stripes; renew their leases and tell how far the blob is meanwhile."""
-        job, work = self._job, self._work
+        job, work = self.job, self._work
         shown = -1
         while True:
             with job.changed:

@@ -10,15 +10,16 @@ import threading
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import CancelledError
-from stowray.pipeline.source_choice import ORIGIN
+from stowray.pipeline.source_actions import ORIGIN
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Sequence
+    from collections.abc import Sequence
 
     from stowray.pipeline.copying import Work
     from stowray.pipeline.errors import StowrayError
     from stowray.pipeline.ingest import Ingest
     from stowray.pipeline.origin import Origin, Place
+    from stowray.pipeline.spread_repair import Repair
     from stowray.pipeline.spread_shared import Shared
     from stowray.pipeline.stripe_state import StripeState
 
@@ -42,8 +43,14 @@ class Job:
         self.places = list(places)
         self.deadline_seconds = deadline_seconds  # without a byte
         self.digest = str(work.descriptor.digest)
-        # Of these nothing is taken now: one of them may have sent wrong bytes.
-        self.distrusted: Collection[str] = ()
+        # Of these nothing is taken: they sent bytes that may be wrong and said they are proven.
+        self.distrusted: set[str] = set()
+        # Nor of these generations: they were not proven, and may be where wrong ones came from.
+        self.suspects: set[tuple[str, int]] = set()
+        # These give nothing more: the origin has sent them wrong bytes again and again.
+        self.given_up_by: set[str] = set()
+        # What of an earlier generation's bytes is used again.
+        self.repair: Repair | None = None
         # What the origin said when it was meant: nothing more is to be had there.
         self.hopeless: StowrayError | None = None
         self.last_error: StowrayError | None = None

@@ -14,7 +14,7 @@ from stowray.pipeline.copying import BUFFER_SIZE, reader
 from stowray.pipeline.errors import CancelledError, ContentError, UnavailableError
 from stowray.pipeline.fetch import SOURCE_ERRORS, blame
 from stowray.pipeline.lanes import Ranged
-from stowray.pipeline.source_choice import ORIGIN
+from stowray.pipeline.source_actions import ORIGIN
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.errors import StowrayError
     from stowray.pipeline.origin import BlobStream
-    from stowray.pipeline.source_choice import Action
+    from stowray.pipeline.source_actions import Action
     from stowray.pipeline.spread_job import Job
     from stowray.pipeline.spread_stream import StripeStream
 
@@ -183,7 +183,7 @@ class OriginReader:
                 if at >= start:
                     action = stream.take(buffer[:count], ORIGIN)
                 at += count
-                if lease.is_lost(job.now()):
+                if stream.choice.done or lease.is_lost(job.now()):
                     return action
             # Past the end of the body's framing, so that the connection is free again. Whether
             # what came is the blob is for its digest to tell.

@@ -11,14 +11,15 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.errors import DeadlineError, NodeError
-from stowray.pipeline.source_choice import Pace, SourceChoice, Standing
+from stowray.pipeline.source_standing import Pace, Standing
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from stowray.pipeline.clock import Clock
     from stowray.pipeline.peer_client import PeerClient
-    from stowray.pipeline.source_choice import Patience
+    from stowray.pipeline.source_actions import Patience
+    from stowray.pipeline.source_choice import SourceChoice
     from stowray.pipeline.spread_leases import Leases
 
 # Shorter sleeps would be inexact and cost more than they save.
@@ -46,7 +47,7 @@ class Pulse:
     def add(self, choice: SourceChoice) -> None:
         """Count a stream from now on."""
         with self._lock:
-            self._streams[choice] = choice.position
+            self._streams[choice] = choice.taken
 
     def remove(self, choice: SourceChoice) -> None:
         """Count it no longer; harmless when it is not counted."""
@@ -67,10 +68,10 @@ class Pulse:
 
     def _rates(self, seconds: float) -> Iterator[float]:
         for choice, before in list(self._streams.items()):
-            position = choice.position
-            self._streams[choice] = position
-            if choice.source and not choice.is_starved and position >= before:
-                yield (position - before) / seconds
+            taken = choice.taken
+            self._streams[choice] = taken
+            if choice.source and not choice.is_starved:
+                yield (taken - before) / seconds
 
 
 class Throttle:

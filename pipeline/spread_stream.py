@@ -12,10 +12,11 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.copying import BUFFER_SIZE
-from stowray.pipeline.errors import NodeError, StowrayError
+from stowray.pipeline.errors import DigestMismatchError, NodeError, StowrayError
+from stowray.pipeline.fates import ABANDONED, WRONG
 from stowray.pipeline.origin_leases import Elsewhere, Granted
 from stowray.pipeline.peer_client import BusyError
-from stowray.pipeline.source_choice import (
+from stowray.pipeline.source_actions import (
     ORIGIN,
     Action,
     AskLease,
@@ -23,8 +24,8 @@ from stowray.pipeline.source_choice import (
     GiveUp,
     Pause,
     Probe,
-    SourceChoice,
 )
+from stowray.pipeline.source_choice import SourceChoice
 from stowray.pipeline.spread_job import Job, label
 from stowray.pipeline.spread_leases import stripe_key
 from stowray.pipeline.spread_origin import Lease, OriginReader
@@ -32,17 +33,21 @@ from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from stowray.pipeline.peer_client import PeerStream
     from stowray.pipeline.spread import Portion
+    from stowray.pipeline.spread_repair import Repair
 
 TICK_SECONDS: Final = 0.25
 # So long may the owner of the leases be silent while this stripe needs the origin.
 OWNER_SECONDS: Final = 60.0
 # After so many times the patience with one that waits itself, this stripe looks further.
 _HUNGER: Final = 2.0
-_BETWEEN_SECONDS: Final = 0.02
+# A generation that may be wrong is looked at again after so long: it is proven or begun anew.
+_SUSPECT_SECONDS: Final = 0.1
+# So many nodes that gave a blob up, as the origin has wrong bytes of it, are believed.
+_BELIEVED: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +75,7 @@ class StripeStream:
         self._job = job
         self._shared = job.shared
         self._depth = portion.depth
-        self.resumed = self._find_start()
+        self.resumed = self._find_gap(0)
         self.choice = SourceChoice(
             sources,
             self.stripe.length,
@@ -79,10 +84,11 @@ class StripeStream:
             position=self.resumed,
         )
         self._origin = OriginReader(job, self)
-        self._sources = tuple(sources)
+        self.sources = tuple(sources)
         self._fed_at = self._asked_at = job.now()
         # Where each source began, and what it said of its bytes.
-        self._spans: list[tuple[int, str, Claim]] = []
+        self._spans: list[tuple[int, str | None, Claim]] = []
+        self._claim = NO_CLAIM  # of the present source
         self._unheard_since: float | None = None
 
     # -- what others want to know -----------------------------------------------------------------
@@ -90,30 +96,39 @@ class StripeStream:
     @property
     def claims(self) -> set[tuple[str, Claim]]:
         """Who gave bytes, and what they said of these."""
-        return {(source, claim) for _, source, claim in self._spans}
+        return {(source, claim) for _, source, claim in self._spans if source is not None}
 
     @property
     def givers(self) -> set[str]:
         """Who gave bytes."""
-        return {source for _, source, _ in self._spans}
+        return {source for source, _ in self.claims}
+
+    @property
+    def has_kept(self) -> bool:
+        """Whether bytes are in it that nobody gave for this generation."""
+        return bool(self.resumed) or any(source is None for _, source, _ in self._spans)
 
     @property
     def has_peers(self) -> bool:
         """Whether there is anybody but the origin to ask."""
-        return bool(self._sources)
-
-    def claimed(self, source: str) -> bool:
-        """Tell whether ``source`` said that what it gave was proven."""
-        return any(giver == source and claim.complete for giver, claim in self.claims)
+        return bool(self.sources)
 
     def renew(self, now: float) -> None:
         """Renew what the owner gave; called by another thread than the stripe's."""
         self._origin.renew(now)
 
     def giver(self, position: int) -> tuple[str, Claim] | None:
-        """Return who gave the byte at ``position`` and what that one said; None: an earlier run."""
-        number = bisect_right(self._spans, position, key=lambda span: span[0])
-        return self._spans[number - 1][1:] if number else None
+        """Return who gave the byte at ``position`` and what that one said; None: nobody did now."""
+        return next(iter(self.given(position, position + 1)), None)
+
+    def given(self, start: int, end: int) -> Iterator[tuple[str, Claim]]:
+        """Yield who gave positions ``start`` to ``end``, and what they said of them."""
+        first = bisect_right(self._spans, start, key=lambda span: span[0]) - 1
+        for at, source, claim in self._spans[max(0, first) :]:
+            if at >= end or start >= end:
+                return
+            if source is not None:
+                yield source, claim
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -150,13 +165,27 @@ class StripeStream:
             job.shown.advance(stripe.index, position + len(view))
         self._shared.throttle.spend(len(view), job.is_over)
         self._fed_at = now = job.now()
-        return self.choice.received(len(view), now)
+        action = self.choice.received(len(view), now)
+        if job.repair is None or self.choice.done:
+            return action
+        return self._use_kept(job.repair, position) or action
+
+    def _use_kept(self, repair: Repair, position: int) -> Action | None:
+        """Pass over what is here of an earlier generation, behind what came just now."""
+        choice = self.choice
+        if repair.guesses:
+            for start, end in self.stripe.ranges(position, choice.position):
+                repair.compare(start, end)
+        count = self._find_gap(choice.position) - choice.position
+        return self.skip(count) if count else None
 
     def skip(self, count: int) -> Action | None:
         """Pass over bytes that are in the ingest already."""
+        position = self.choice.position
+        self._spans.append((position, None, NO_CLAIM))
         if self.stripe.count > 1:
-            self._job.shown.advance(self.stripe.index, self.choice.position + count)
-        return self.choice.received(count, self._job.now())
+            self._job.shown.advance(self.stripe.index, position + count)
+        return self.choice.skipped(count, self._job.now())
 
     def tell(self, upstream: str | None) -> None:
         """Tell this node's peers whom the stripe is read from."""
@@ -191,6 +220,10 @@ class StripeStream:
                 told = self._shared.client.have(address, job.digest, self.stripe)
             except NodeError:
                 return None
+            if told.given_up:
+                job.given_up_by.add(action.source)
+                if action.source == self.choice.source:
+                    return self.choice.failed(job.now(), "has given the blob up")
             action = self.choice.told(job.now(), told.have, told.upstream, pace=told.pace)
         return action
 
@@ -215,13 +248,14 @@ class StripeStream:
             raise self._job.last_error
         if now - self._fed_at >= self._job.deadline_seconds:
             raise NodeError(self._job.digest, "no node and no origin brings it")
-        failed = tuple(name for name in self._sources if shared.standing.has_failed(name))
+        failed = tuple(name for name in self.sources if shared.standing.has_failed(name))
         return self._ask(AskLease(choice.position, failed))
 
     # -- peers ------------------------------------------------------------------------------------
 
     def _read_peer(self, source: str) -> Action | None:
         job, choice = self._job, self.choice
+        self._claim = NO_CLAIM
         address = self._shared.address(source)
         if not address:
             return choice.failed(job.now(), "nobody knows its address")
@@ -234,32 +268,29 @@ class StripeStream:
             return choice.busy(job.now(), busy.seconds)
         except NodeError as error:
             job.retry()
-            if self._is_void(source, address):
-                raise VoidError(source) from error
+            return self._go_on_without(source, address, error)
+
+    def _go_on_without(self, source: str, address: str, error: NodeError) -> Action:
+        """Go on when ``source`` refused or broke off: it may have found its own bytes wrong."""
+        job, choice = self._job, self.choice
+        claim = self._claim
+        try:
+            told = self._shared.client.have(address, job.digest, self.stripe, claim.generation)
+        except NodeError:
             return choice.failed(job.now(), error.reason)
-
-    def _is_void(self, source: str, address: str) -> bool:
-        """Tell whether ``source`` broke off because what it sent was wrong, as it found out.
-
-        Only of a blob in one piece: there its bytes and those here are the same ones.
-        """
-        if self.stripe.count > 1 or not self._spans or self._spans[-1][1] != source:
-            return False
-        claim = self._spans[-1][2]
-        until = self._job.now() + self._shared.patience.answer
-        while True:
-            try:
-                told = self._shared.client.have(address, self._job.digest, self.stripe)
-            except NodeError:
-                return False
-            if told.generation or told.complete or self._job.now() >= until:
-                break
-            # Between two generations it has nothing to tell for a moment.
-            self._job.wait(_BETWEEN_SECONDS)
-        if claim.complete or (told.generation == claim.generation and not told.complete):
-            return False
-        # When it has the right bytes by now it does not know any more what it had before.
-        return told.complete or told.condemned >= claim.generation
+        is_void = not claim.complete and told.fate in (WRONG, ABANDONED)
+        is_given_up = told.given_up or told.fate == ABANDONED
+        if not is_void and not is_given_up:
+            return choice.failed(job.now(), error.reason)
+        if is_given_up:
+            job.given_up_by.add(source)
+            action = choice.failed(job.now(), "has given the blob up")
+        else:
+            action = choice.begun_anew(job.now())
+        if is_void and self.stripe.count == 1 and self._spans[-1:] and self._spans[-1][1] == source:
+            # Its bytes and those here are the same ones. Of stripes others may be the wrong ones.
+            raise VoidError(source) from error
+        return action
 
     def _take_from(self, stream: PeerStream, source: str) -> Action | None:
         job, choice = self._job, self.choice
@@ -268,12 +299,14 @@ class StripeStream:
             action = self.tick()
             if action is not None:
                 return action
+        claim = self._claim = Claim(head.generation, head.complete)
+        if not head.complete and self._is_doubtful(source, head.generation):
+            return choice.busy(job.now(), _SUSPECT_SECONDS)
         action = self.settle(choice.started(job.now(), head.have))
         if action is not None:
             return action
         tick_at = job.now() + TICK_SECONDS
         name = label(source)
-        claim = Claim(head.generation, head.complete)
         buffer: memoryview | None = None
         is_holding = False
         try:
@@ -304,6 +337,16 @@ class StripeStream:
             if is_holding:
                 self._shared.slots.release()
 
+    def _is_doubtful(self, source: str, generation: int) -> bool:
+        """Tell whether bytes that ``source`` has not proven may be the wrong ones once more."""
+        job = self._job
+        repairs = job.repair is not None and not job.repair.guesses
+        if repairs and source not in self.sources:
+            # It had them perhaps from here. The piece may be asked of the origin instead.
+            job.distrusted.add(source)
+            return True
+        return (source, generation) in job.suspects
+
     def _get_slot(self) -> None:
         """Wait for a slot; it is not the source that is slow meanwhile."""
         while not self._shared.slots.acquire(timeout=TICK_SECONDS):
@@ -315,6 +358,9 @@ class StripeStream:
     def _ask(self, wish: AskLease) -> Action | None:
         job, choice = self._job, self.choice
         self.tell(None)
+        if len(job.given_up_by) >= _BELIEVED and job.given_up_by.issuperset(self.sources):
+            job.ingest.give_up()
+            raise DigestMismatchError(job.digest, job.digest, "other bytes, as other nodes found")
         asked = self._asked_at = job.now()
         try:
             answer = self._shared.leases.ask(
@@ -348,10 +394,9 @@ class StripeStream:
 
     # -- where to begin ---------------------------------------------------------------------------
 
-    def _find_start(self) -> int:
-        """Return how much of the stripe an earlier writer has left."""
-        position = 0
-        for start, end in self.stripe.ranges():
+    def _find_gap(self, position: int) -> int:
+        """Return up to where the bytes from ``position`` on are here already."""
+        for start, end in self.stripe.ranges(position):
             gap = self._job.ingest.gap(start, end)
             if gap is not None:
                 return position + gap[0] - start

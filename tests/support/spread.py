@@ -19,7 +19,7 @@ from stowray.pipeline.registry import Registry
 from stowray.pipeline.serve import BlobServer, ServeLimits, bearer
 from stowray.pipeline.serve_limits import RUN_LIMITS
 from stowray.pipeline.settings import RegistrySettings
-from stowray.pipeline.source_choice import Patience
+from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread import Blob, NodeState, Part, Portion, Spread, spread
 from stowray.pipeline.spread_fetch import SpreadFetcher
 from stowray.pipeline.spread_leases import LocalLeases

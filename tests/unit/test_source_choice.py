@@ -4,22 +4,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stowray.pipeline.source_choice import (
+from stowray.pipeline.fates import ABANDONED, GROWING, PROVEN, WRONG
+from stowray.pipeline.source_actions import (
     ORIGIN,
     Action,
     AskLease,
     Fetch,
     GiveUp,
-    Pace,
     Patience,
     Pause,
     Probe,
-    Report,
-    SourceChoice,
-    Standing,
-    Verdict,
-    find_liar,
 )
+from stowray.pipeline.source_blame import Hop, find_liar
+from stowray.pipeline.source_choice import SourceChoice
+from stowray.pipeline.source_standing import Pace, Standing
 
 PATIENCE = Patience(least_rate=10.0, margin=0)
 RATE = 100.0
@@ -391,39 +389,45 @@ def test_a_lost_lease_ends_reading() -> None:
     assert one.lease_lost(2.0) is None
 
 
-def test_a_liar_is_banned_for_all_that_the_node_fetches() -> None:
+def test_who_is_banned_is_never_asked_again() -> None:
     standing = Standing()
     one, other = choice("parent", "sibling", standing=standing), choice("parent", standing=standing)
-    one.begin(0.0)
-    one.received(500, 1.0)
-    assert one.wrong(1.0, 100, None) == Fetch("sibling", 100)
-    assert one.reports == [Report("parent", "lying", 100)]
-    assert standing.is_banned("parent")
+    standing.ban("parent")
+    assert one.begin(0.0) == Fetch("sibling", 0)
     assert other.begin(2.0) == AskLease(0, failed=("parent",))
     # No time makes it good again.
     assert standing.usable_from("parent") == float("inf")
 
 
-def test_who_passed_wrong_bytes_on_is_not_to_blame() -> None:
+def test_a_source_that_begins_anew_is_asked_again_at_once() -> None:
     one = choice("parent", "sibling")
-    one.begin(0.0)
-    one.received(500, 1.0)
-    assert one.wrong(1.0, 0, "grandparent") == Fetch("parent", 0)
-    assert one.reports[-1].source == "grandparent"
-
-
-def test_each_byte_has_its_giver() -> None:
-    one = choice("parent", "sibling")
-    assert one.source_of(0) is None
     one.begin(0.0)
     one.received(100, 1.0)
-    one.failed(1.0, "gone")
-    one.received(100, 2.0)
-    one.wrong(2.0, 150, "somebody")
-    assert [one.source_of(at) for at in (0, 99, 100, 149)] == ["parent"] * 2 + ["sibling"] * 2
+    assert one.begun_anew(1.0) == Fetch("parent", 100)
+    assert one.reports == []
 
 
-def test_an_origin_that_lies_or_fails_is_tried_a_few_times() -> None:
+def test_what_is_here_is_passed_over() -> None:
+    one = choice("parent")
+    one.begin(0.0)
+    one.received(100, 1.0)
+    assert one.skipped(900, 1.0) == Fetch("parent", 1000)
+    # It says nothing of how fast the source is.
+    assert one.taken == 100
+    assert one.skipped(SIZE - 1000, 1.0) is None
+    assert one.done
+
+
+def test_the_origin_is_read_on_behind_what_is_here_as_far_as_the_lease_goes() -> None:
+    one = choice()
+    one.begin(0.0)
+    one.granted(0.0, 1000)
+    one.received(100, 1.0)
+    assert one.skipped(100, 1.0) is None
+    assert one.skipped(800, 1.0) == AskLease(1000)
+
+
+def test_an_origin_that_fails_is_tried_a_few_times() -> None:
     one = choice()
     action = one.begin(0.0)
     now = 0.0
@@ -432,7 +436,7 @@ def test_an_origin_that_lies_or_fails_is_tried_a_few_times() -> None:
         if isinstance(action, AskLease):
             attempts += 1
             one.granted(now, SIZE)
-            action = one.wrong(now, 0, ORIGIN) if attempts == 1 else one.failed(now, "503")
+            action = one.failed(now, "503")
         else:
             assert isinstance(action, Pause)
             now = action.until
@@ -461,7 +465,7 @@ def test_strikes_lengthen_and_are_forgiven() -> None:
 @given(
     events=st.lists(
         st.tuples(
-            st.sampled_from(["bytes", "failed", "busy", "tick", "told", "wrong", "lost"]),
+            st.sampled_from(["bytes", "failed", "busy", "tick", "told", "anew", "skip", "lost"]),
             st.integers(1, 400),
             st.booleans(),
         ),
@@ -503,8 +507,11 @@ def test_whatever_happens_the_stripe_is_completed(
             settle(one.busy(now, count / 100))
         elif kind == "told":
             settle(one.told(now, count, "x" if flag else None))
-        elif kind == "wrong":
-            settle(one.wrong(now, count, None if flag else "z"))
+        elif kind == "anew":
+            settle(one.begun_anew(now))
+        elif kind == "skip":
+            end = lease if one.source == ORIGIN else 2000
+            settle(one.skipped(min(count, end - one.position), now))
         else:
             settle(one.lease_lost(now))
     for _ in range(3000):
@@ -517,41 +524,39 @@ def test_whatever_happens_the_stripe_is_completed(
             end = lease if one.source == ORIGIN else 2000
             settle(one.received(min(100, end - one.position), now))
     assert one.done
-    assert all(one.source_of(at) is not None for at in range(0, 2000, 100))
 
 
-PROVEN = {8: b"1", 16: b"2", 24: b"3"}
-WRONG = {8: b"1", 16: b"x", 24: b"y"}
+RIGHT, OTHER = b"right", b"other"
 
 
 @pytest.mark.parametrize(
-    ("hops", "verdict"),
+    ("hops", "liar"),
     [
-        pytest.param([("me", PROVEN), ("parent", PROVEN)], None, id="all right"),
         pytest.param([], None, id="nobody"),
-        pytest.param([("me", WRONG)], Verdict("me", 16), id="alone"),
-        pytest.param([("me", WRONG), ("parent", PROVEN)], Verdict("me", 16), id="it is me"),
+        pytest.param([Hop(ORIGIN)], ORIGIN, id="from the origin"),
+        pytest.param([Hop("parent", claimed=True)], "parent", id="said it was proven"),
+        pytest.param([Hop("parent", fate=PROVEN)], "parent", id="had right ones"),
+        pytest.param([Hop("parent", fate=GROWING, told=RIGHT)], "parent", id="has right ones"),
+        pytest.param([Hop("parent", fate=GROWING)], None, id="does not say"),
+        pytest.param([Hop("parent")], None, id="does not know any more"),
+        pytest.param([Hop("parent", fate=WRONG)], None, id="passed on, from whom it does not say"),
         pytest.param(
-            [("me", WRONG), ("parent", WRONG), ("root", PROVEN)],
-            Verdict("parent", 16),
-            id="the parent",
+            [Hop("parent", fate=WRONG), Hop("root", claimed=True)], "root", id="passed on"
         ),
         pytest.param(
-            [("me", WRONG), ("parent", WRONG), ("root", WRONG)],
-            Verdict("root", 16),
-            id="the root",
+            [Hop("parent", fate=ABANDONED), Hop(ORIGIN)], ORIGIN, id="passed on, and gave up"
         ),
         pytest.param(
-            [("me", WRONG), ("parent", {8: b"1"}), ("root", WRONG)],
-            Verdict("root", 16),
-            id="one that cannot say",
+            [Hop("parent", fate=GROWING, told=OTHER), Hop("root", fate=PROVEN)],
+            "root",
+            id="has the same wrong ones",
         ),
         pytest.param(
-            [("me", {8: b"1", 12: b"?"}), ("parent", WRONG)], None, id="nothing to compare"
+            [Hop("parent", fate=WRONG), Hop("middle"), Hop("root", claimed=True)],
+            None,
+            id="one between cannot say",
         ),
     ],
 )
-def test_the_first_hop_that_differs_is_to_blame(
-    hops: list[tuple[str, dict[int, bytes]]], verdict: Verdict | None
-) -> None:
-    assert find_liar(PROVEN, hops) == verdict
+def test_the_first_hop_that_had_right_bytes_is_to_blame(hops: list[Hop], liar: str | None) -> None:
+    assert find_liar(RIGHT, hops) == liar

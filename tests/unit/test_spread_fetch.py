@@ -13,7 +13,7 @@ from stowray.pipeline.errors import CancelledError, NotFoundError, UnauthorizedE
 from stowray.pipeline.origin_leases import Elsewhere, Granted, Later
 from stowray.pipeline.serve_limits import ServeLimits
 from stowray.pipeline.settings import RegistrySettings
-from stowray.pipeline.source_choice import Patience
+from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread_leases import from_wire, to_wire
 from stowray.pipeline.stripes import Stripe
 from tests.support import stores
