@@ -24,7 +24,7 @@ from stowray.pipeline.ingest import discard_ingest
 from stowray.pipeline.leases import LOCK, LOCK_SECONDS, leases
 from stowray.pipeline.leftovers import is_abandoned, sweep_leftovers
 from stowray.pipeline.locks import is_current, open_lock, try_lock
-from stowray.pipeline.records import read_record
+from stowray.pipeline.records import BlobRecord, read_record
 from stowray.pipeline.references import last_used, remove_records, require_references
 from stowray.pipeline.removal import remove_tree
 from stowray.pipeline.values import dataclass
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.leases import Held
-    from stowray.pipeline.records import ReferenceRecord
+    from stowray.pipeline.records import Record, ReferenceRecord
     from stowray.pipeline.store import Store
     from stowray.pipeline.trust import Stamp
 
@@ -111,6 +111,7 @@ def collect(
     _empty_bins(store)
     sweep_leftovers(store)
     sweep(store)
+    store.trust.prune(stock.boots)
     return report
 
 
@@ -133,6 +134,7 @@ class _Stock:
     items: list[_Item] = field(default_factory=list)
     parents: dict[str, str] = field(default_factory=dict)  # chain ID -> chain ID below
     layers: dict[str, set[str]] = field(default_factory=dict)  # chain ID -> layer directories
+    boots: set[tuple[str, str]] = field(default_factory=set)  # boots and hosts of all stamps
 
     @classmethod
     def take(cls, store: Store) -> _Stock:
@@ -158,7 +160,9 @@ class _Stock:
                         continue  # not ours
                     size = path.lstat().st_size if kind == "blob" else 0
                     record = read_record(store.source_path(digest), store.trust)
-                    made = None if record is None else record.stamp
+                    made = self._note(record)
+                    if record is not None and kind == "source":
+                        self._note_stamp(BlobRecord.parse(record.payload).verified)
                     self.items.append(_Item(kind, str(digest), path, size, made))
 
     def _take_snapshots(self, store: Store) -> None:
@@ -171,7 +175,7 @@ class _Stock:
                 self.items.append(_Item("snapshot", path.name, path, 0, None, True))
                 continue
             chain_id = str(record.payload.get("chain_id"))
-            self.items.append(_Item("snapshot", chain_id, path, 0, record.stamp))
+            self.items.append(_Item("snapshot", chain_id, path, 0, self._note(record)))
             parent, layer = record.payload.get("parent"), record.payload.get("layer")
             if isinstance(parent, str):
                 self.parents[chain_id] = parent
@@ -186,10 +190,20 @@ class _Stock:
                 continue
             record = read_record(path / "layer.json", store.trust)
             size = 0 if record is None else record.payload.get("unpacked_size")
-            made = None if record is None else record.stamp
+            made = self._note(record)
             self.items.append(
                 _Item("layer", path.name, path, size if isinstance(size, int) else 0, made)
             )
+
+    def _note(self, record: Record | None) -> Stamp | None:
+        """Return when something was made, and remember on which boot."""
+        stamp = None if record is None else record.stamp
+        self._note_stamp(stamp)
+        return stamp
+
+    def _note_stamp(self, stamp: Stamp | None) -> None:
+        if stamp is not None:
+            self.boots.add((stamp.boot_id, stamp.host))
 
     def needs(self, digests: Iterable[str], chain_ids: Iterable[str]) -> set[tuple[str, str]]:
         """Return kind and name of all that these digests and chain IDs need."""
@@ -250,7 +264,7 @@ def _choose(
     max_size: int | None,
     min_free: int | None,
 ) -> list[ReferenceRecord]:
-    """Choose the images to forget so that the limits hold: least recently pulled first."""
+    """Choose the images to forget so that the limits hold: those not used for longest first."""
     if max_size is None and min_free is None:
         return []
     with translated(store.path, "ask for free space"):

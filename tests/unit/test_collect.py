@@ -15,6 +15,9 @@ from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.store import Store
 from tests.support.plain_user import plain_directory, run_plain
 from tests.support.stores import (
+    FIRST_BOOT,
+    NEXT_BOOT,
+    OTHER_HOST,
     check_blobs,
     commit,
     kill,
@@ -251,6 +254,32 @@ class TestLimits:
         assert [reference for reference, _ in report.references] == ["a:1", "b:1"]
         assert content(store) == []
 
+    def test_a_use_makes_an_image_young_again(self, store: Store) -> None:
+        oldest = stow(store, "a:1", "a", created=1000.0)
+        stow(store, "b:1", "b", created=2000.0)
+        total = collect(store).kept
+        store.record_reference(oldest)  # as every pull does, also one that finds everything
+        report = collect(store, max_size=total - 1)
+        assert report.references == (("b:1", "linux/amd64"),)
+
+    @pytest.mark.parametrize(
+        "limits", [{}, {"max_size": 6000}, {"max_size": 0}, {"min_free": 1 << 60}]
+    )
+    def test_a_dry_run_tells_what_the_real_one_does(
+        self, store: Store, limits: dict[str, int]
+    ) -> None:
+        for number, name in enumerate(["c:1", "a:1", "b:1", "d:1"]):
+            stow(store, name, "base", name, created=1000.0 + number)
+        pin_reference(store, "a:1")
+        remove(store, "d:1")
+        before = content(store)
+        told = collect(store, dry_run=True, **limits)
+        assert content(store) == before
+        assert collect(store, **limits) == told
+        again = collect(store, **limits)
+        assert (again.blobs, again.layers, again.references) == ((), (), ())
+        assert [known.reference for known in store.references() if known.pinned] == ["a:1"]
+
     def test_pins_and_leases_stand_above_limits(self, store: Store) -> None:
         stow(store, "pinned:1", "a")
         pin_reference(store, "pinned:1")
@@ -267,6 +296,29 @@ class TestLimits:
         report = collect(store, min_free=1 << 60, dry_run=True)
         assert len(report.references) == 2
         assert len(store.references()) == 2
+
+
+def test_marks_of_earlier_boots_go_with_what_they_vouched_for(workspace: Path) -> None:
+    path = workspace / "boots"
+    with Store.open(path, boot=FIRST_BOOT) as store:
+        stow(store, "old:1", "a")
+        store.sync()
+    with Store.open(path, boot=OTHER_HOST) as store:
+        store.sync()
+    with Store.open(path, boot=NEXT_BOOT) as store:
+        stow(store, "new:1", "b")
+        store.sync()
+        assert len(store.trust.marks()) == 3
+        collect(store)
+        # What was made on the first boot is here and trusted by its mark alone.
+        assert len(store.trust.marks()) == 3
+        remove(store, "old:1")
+        collect(store, dry_run=True)
+        collect(store)
+        collect(store)
+        # Another host's mark is its own affair.
+        assert len(store.trust.marks()) == 2
+        assert all(store.has(digest) for digest in store.references()[0].digests)
 
 
 class TestConcurrency:
