@@ -73,3 +73,21 @@ def test_the_manual_is_troff_without_a_complaint(tmp_path: Path) -> None:
         ["groff", "-man", "-ww", "-z", "-k", str(page)], capture_output=True, check=True, timeout=60
     )
     assert done.stderr == b""
+
+
+@pytest.mark.slow
+def test_python_recipes_are_typed(tmp_path: Path) -> None:
+    """The examples pass a strict type checker against the package's own annotations."""
+    pages = [ROOT / "docs" / "howto" / "python.md", ROOT / "README.md"]
+    code = [block for page in pages for block in PYTHON.findall(page.read_text(encoding="utf-8"))]
+    file = tmp_path / "recipes.py"
+    file.write_text("\n".join(code))
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(ROOT / ".mypy_cache"), file],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout

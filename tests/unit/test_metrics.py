@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import base64
 import json
+import subprocess
+import sys
 import threading
 import urllib.request
 from typing import TYPE_CHECKING
@@ -11,6 +14,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stowray.cli.app import run
 from stowray.metrics import Metrics
 from stowray.pipeline.progress import Event
+from stowray.pipeline.run_record import RunRecord
 from stowray.pipeline.serve import BlobServer
 from stowray.pipeline.serve_limits import Served
 from stowray.pipeline.store import Store
@@ -165,3 +169,37 @@ def test_logs_are_json_by_level(tmp_path: Path, capsys) -> None:
         assert usage["level"] == "error"
     for line in lines:
         assert {"time", "level", "event", "message"} <= set(line)
+
+
+def test_the_command_serves_its_figures(tmp_path: Path) -> None:
+    words = ["--store", str(tmp_path / "s"), "--json", "-q", "serve", "--listen", "127.0.0.1:0"]
+    with subprocess.Popen(
+        [sys.executable, "-m", "stowray", *words], stdout=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            assert process.stdout is not None
+            url = json.loads(process.stdout.readline())["url"]
+            urllib.request.urlopen(f"{url}/v2/", timeout=30).close()
+            with urllib.request.urlopen(f"{url}/metrics", timeout=30) as answer:
+                found = samples(answer.read().decode())
+        finally:
+            process.terminate()
+    assert process.returncode == 0
+    assert found["stowray_served_requests_total", (("code", "200"), ("method", "GET"))] == 1
+    assert ("stowray_store_references", ()) in found
+
+
+@pytest.mark.parametrize("password", ["s3cret-word-of-mine", "wr0ng-word-of-mine"])
+def test_logins_are_in_no_log_metric_or_record(password: str, tmp_path: Path, capsys) -> None:
+    with FakeRegistry(auth="basic", users={"me": "s3cret-word-of-mine"}) as registry:
+        registry.add_image("a/b", "1", LAYERS)
+        login = base64.b64encode(f"me:{password}".encode()).decode()
+        logins = tmp_path / "auth.json"
+        logins.write_text(json.dumps({"auths": {registry.host: {"auth": login}}}))
+        files = [tmp_path / "m.prom", tmp_path / "r.run"]
+        words = ["--store", str(tmp_path / "s"), "--engine", "local", "--log-json", "-v", "pull"]
+        words += ["--authfile", str(logins), "--metrics", str(files[0]), "--record", str(files[1])]
+        status = run([*words, f"{registry.host}/a/b:1"])
+    assert status == (0 if password.startswith("s3cret") else 4)
+    told = [*capsys.readouterr(), files[0].read_text(), repr(RunRecord.read(files[1]))]
+    assert not any(password in text or login in text for text in told)
