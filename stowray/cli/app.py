@@ -20,7 +20,7 @@ from stowray.cli.context import COMPLETION, Context, common_options
 from stowray.cli.help import write_commands
 from stowray.cli.streams import AnswerError
 from stowray.log import Log
-from stowray.pipeline.errors import StowrayError, UsageError, describe
+from stowray.pipeline.errors import InvalidReferenceError, StowrayError, UsageError, describe
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -176,6 +176,11 @@ def _has_working_directory() -> bool:
 
 def fail(error: StowrayError, context: Context | None, reference: str | None = None) -> int:
     """Tell the user of an error, as the result line of ``--json`` too, and return its status."""
+    if reference is not None and isinstance(error, InvalidReferenceError):
+        from stowray.pipeline.reference import redact
+
+        # People paste URLs with passwords in them.
+        reference = redact(reference)
     if context is not None and context.json and not isinstance(error, AnswerError):
         line: dict[str, object] = {"error": describe(error)}
         if reference is not None:

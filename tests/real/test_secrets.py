@@ -500,3 +500,17 @@ def test_what_is_kept_shows_nothing_by_itself(tmp_path: Path) -> None:
         registry.close()
     assert len(texts) > 10
     assert seen(texts, {PASSWORD, pair, PROXY_PASSWORD, *fake.tokens}) == {}
+
+
+@pytest.mark.parametrize("command", ["pull", "resolve", "plan", "key"])
+@pytest.mark.parametrize(
+    "form", ["carrier:{}@h.io/a:1", "h.io/a:1?token={}", "https://u:{}@h.io/a"]
+)
+def test_a_password_that_was_pasted_into_a_reference(
+    local: Stowray, command: str, form: str
+) -> None:
+    text = form.format("pasted-4711")
+    answer = local.attempt(command, "--json", "-vv", "--progress", "json", text)
+    assert answer.status == 2
+    assert "pasted-4711" not in answer.stderr + answer.text
+    assert "***" in answer.stderr
