@@ -21,6 +21,7 @@ import time
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from bench.simulate_messages import driver_messages, progress_messages, told
 from stowray.pipeline.origin_leases import Elsewhere, Granted, OriginLeases, RegistryPermits
 from stowray.pipeline.source_actions import (
     ORIGIN,
@@ -34,7 +35,7 @@ from stowray.pipeline.source_actions import (
 )
 from stowray.pipeline.source_choice import SourceChoice
 from stowray.pipeline.source_standing import Pace, Standing
-from stowray.pipeline.spread import Blob, NodeState, report_interval, spread
+from stowray.pipeline.spread import Blob, NodeState, spread
 
 GB = 1_000_000_000
 MB = 1_000_000
@@ -617,7 +618,7 @@ def line(outcome: Outcome, alone: float) -> str:
     """Return a row of the table."""
     world = outcome.world
     duration = max([*outcome.ready, *outcome.slow_ready, 1.0])
-    interval = report_interval(world.nodes)
+    ready = [*outcome.ready, *outcome.slow_ready]
     cells = [
         f"{world.nodes:,}",
         f"{world.origin * 8 / GB:g}",
@@ -631,7 +632,8 @@ def line(outcome: Outcome, alone: float) -> str:
         f"{outcome.dead}",
         f"{outcome.origin_bytes / outcome.image_bytes:.4f}",
         f"{outcome.owner_messages / duration:.0f} / {outcome.owner_peak}",
-        f"{world.nodes / interval:.0f}",
+        told(driver_messages(world.nodes, ready), duration),
+        told(progress_messages(world.nodes, ready), duration),
         f"{outcome.cpu_seconds:.0f}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -650,7 +652,8 @@ COLUMNS = (
     "dead",
     "origin/image",
     "owner msg/s mean/peak",
-    "progress msg/s",
+    "driver msg/s mean/peak",
+    "progress msg/s mean/peak",
     "CPU s",
 )
 HEAD = f"| {' | '.join(COLUMNS)} |\n|{'--:|' * len(COLUMNS)}"

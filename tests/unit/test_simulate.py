@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import simulate
+from bench import simulate, simulate_messages
 from bench.simulate import Simulation, World, measure
 from stowray.pipeline import origin_leases, source_choice
 from stowray.pipeline import spread as planner
@@ -62,3 +62,20 @@ def test_the_same_seed_gives_the_same_run() -> None:
     world = replace(SMALL, nodes=30, slow_share=0.1, death_share=0.1)
     first, second = measure(world)[0], measure(world)[0]
     assert (first.ready, first.reports) == (second.ready, second.reports)
+
+
+def test_messages_are_counted_in_the_second_in_which_they_come() -> None:
+    driver = simulate_messages.driver_messages(4, [1.5, 1.6, 2.5])
+    # Parts and work at the start, beats of two messages a node every two seconds, and the answers.
+    assert driver == {0: 12 + 4, 1: 4 + 2, 2: 4 + 1}
+    frames = simulate_messages.progress_messages(4, [1.5, 1.0, 2.0])
+    assert frames == {0: 30, 1: 15}
+
+
+def test_the_limits_of_messages_are_those_of_the_actors() -> None:
+    frames = pytest.importorskip("stowray.actors.frames", reason="needs Ray")
+    pulse = pytest.importorskip("stowray.actors.prewarm_pulse", reason="needs Ray")
+    assert simulate_messages.FRAME_SECONDS == frames.FRAME_SECONDS
+    assert simulate_messages.SECONDS_PER_NODE == frames.SECONDS_PER_NODE
+    assert simulate_messages.BEAT_SECONDS == pulse.BEAT_SECONDS
+    assert simulate_messages.BEATS_PER_SECOND == pulse.BEATS_PER_SECOND
