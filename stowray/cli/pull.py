@@ -108,4 +108,6 @@ def _show(context: Context, results: Sequence[PullResult]) -> None:
         if context.json:
             print(json.dumps(result.to_dict()))  # noqa: T201
         else:
-            print(f"{result.reference}@{result.digest}")  # noqa: T201
+            # A reference again: one with a digest in it has no room for a second one.
+            pinned = "" if "@" in result.reference else f"@{result.digest}"
+            print(f"{result.reference}{pinned}")  # noqa: T201

@@ -392,3 +392,12 @@ def test_a_working_directory_that_is_gone_is_named(tmp_path: Path) -> None:
     done = subprocess.run(["sh", "-c", script], capture_output=True, check=False, timeout=60)
     assert done.returncode == 2
     assert b"working directory" in done.stderr
+
+
+def test_the_answer_of_a_pull_is_a_reference_again(cli: Cli, registry: FakeRegistry) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    status, pinned, _ = cli("pull", f"{registry.host}/a/b:1")
+    assert status == 0
+    status, again, _ = cli("pull", pinned.strip())
+    assert (status, "@sha256:" in again) == (0, True)
+    assert cli("pull", again.strip())[:2] == (0, again)
