@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import runpy
 import subprocess
 import sys
 import zipfile
@@ -23,3 +24,33 @@ def test_wheel_and_sdist_hold_what_they_should_and_a_stray_file_is_found(tmp_pat
     done = subprocess.run([*check, str(wheel)], capture_output=True, check=False, timeout=60)
     assert done.returncode == 1
     assert b"holds tests/test_x.py" in done.stderr
+
+
+def test_the_wheel_suits_every_python_that_is_here(tmp_path: Path) -> None:
+    """Compiled without a warning, and imported; `make dist` runs it with all that it needs."""
+    subprocess.run(
+        [sys.executable, "-m", "build", "-n", "--wheel", "-o", str(tmp_path), str(ROOT)],
+        check=True,
+        capture_output=True,
+        timeout=240,
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    version = wheel.name.split("-")[1]
+    pythons = runpy.run_path(str(ROOT / "release" / "dist.py"))["pythons"]()
+    assert pythons
+    for name, python in pythons.items():
+        place = tmp_path / name
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(place)
+        compiled = [python, "-W", "error", "-m", "compileall", "-q", str(place / "stowray")]
+        subprocess.run(compiled, check=True, timeout=240)
+        said = subprocess.run(
+            [python, "-c", "import stowray; print(stowray.__version__)"],
+            cwd=place,
+            env={"PATH": "/usr/bin:/bin", "PYTHONPATH": str(place)},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert said.stdout.strip() == version, name
