@@ -1,12 +1,19 @@
 from __future__ import annotations
 
+import itertools
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
 import pytest
 
 from stowray.pipeline.clock import Clock
-from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.errors import CancelledError, UnavailableError
 from stowray.pipeline.limiter import DOCUMENT_PERMITS, Limiter
+from stowray.pipeline.node_limits import NodeLimits
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 
 def test_a_host_has_so_many_permits_and_no_more() -> None:
@@ -74,3 +81,30 @@ def test_a_pause_holds_all_requests_to_the_host() -> None:
     with pytest.raises(CancelledError):
         limiter.acquire("h", document=True, cancelled=lambda: now[0] > before + 1.0)
     assert now[0] < before + 2.0
+
+
+def test_who_has_others_to_ask_leaves_when_a_pause_comes(tmp_path: Path) -> None:
+    """Also one that another process was asked for; a pause of before is waited for."""
+    ours, theirs = NodeLimits(tmp_path), NodeLimits(tmp_path)
+    limiter = Limiter(1, shared=[ours])
+    release = limiter.acquire("h", document=False)
+    is_waiting = threading.Event()
+
+    def look() -> bool:
+        is_waiting.set()
+        return False
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(limiter.acquire, "h", document=False, can_leave=True, cancelled=look)
+        assert is_waiting.wait(60)
+        theirs.pause("h", 200.0)
+        with pytest.raises(UnavailableError, match="left alone"):
+            waiting.result(timeout=60)
+    release()
+    # Nobody else was there: this one comes again, and waits as long as it has to.
+    asked = itertools.count()
+    with pytest.raises(CancelledError):
+        limiter.acquire("h", document=False, can_leave=True, cancelled=lambda: next(asked) > 3)
+    assert limiter.held("h") == 0
+    limiter.close()
+    theirs.close()
