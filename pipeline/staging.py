@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     Read = Callable[[], bytes]
     OpenRead = Callable[[], AbstractContextManager[Read]]
 
+# How often, in bytes of the uncompressed stream, a stage asks how much room there is.
+SPACE_EVERY = 8 << 20
 # New generations of one blob: each means that a source sent wrong bytes.
 TRIES = 8
 
@@ -152,7 +154,7 @@ class Stager:
                 limits=source.limits,
                 privileged=self._trees.privileged,
                 lower=lower,
-                report=source.report,
+                report=self._watched(tree, source.report),
                 cancelled=source.cancelled,
                 interrupt=source.interrupt,
                 algorithm=diff_id.algorithm,
@@ -160,3 +162,17 @@ class Stager:
         if staged.diff_id != diff_id:
             raise DigestMismatchError(f"layer {diff_id}", diff_id, staged.diff_id)
         return staged
+
+    def _watched(self, tree: Path, report: Callable[[int], None] | None) -> Callable[[int], None]:
+        """Return a report that stops a stage before the disk is full for everybody."""
+        due = SPACE_EVERY
+
+        def watch(size: int) -> None:
+            nonlocal due
+            if size >= due:
+                due = size + SPACE_EVERY
+                self._trees.check_reserve(tree)
+            if report is not None:
+                report(size)
+
+        return watch

@@ -78,6 +78,19 @@ def leftovers(store: Store) -> list[str]:
     return [name for name in os.listdir(store.path / "layers") if name.startswith(".")]
 
 
+def test_a_layer_stops_at_the_room_kept_in_reserve(store: Store, snapshots: Snapshots) -> None:
+    layer = Layer(archive(*(file(str(number), bytes(1 << 20)) for number in range(12))))
+    small = Layer(WHOLE)
+    store.reserve_bytes = 1 << 60
+    with pytest.raises(StorageError, match=f"{1 << 60} stay in reserve"):
+        snapshots.stage(layer.diff_id, layer.open_read)
+    assert leftovers(store) == []
+    # What is small is let through: it is what may free the rest.
+    snapshots.stage(small.diff_id, small.open_read)
+    store.reserve_bytes = 0
+    assert snapshots.stage(layer.diff_id, layer.open_read).entries == 12
+
+
 def test_a_chain_is_committed_in_order(snapshots: Snapshots) -> None:
     first, second, third = commit_chain(snapshots, [WHOLE, IMPLIED, WHITEOUT])
     assert first.chain_id == Digest.of(WHOLE)
