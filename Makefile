@@ -13,6 +13,7 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11; 
 
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.stowray-installed
 STAMP := $(VENV)/.stowray-setup
 SOURCES := pipeline actors stowray tests bench release docs
 WORKERS ?= 2
@@ -33,20 +34,24 @@ help:  ## list the targets
 
 setup: $(STAMP)  ## make .venv with stowray and its development tools (quick when it is there)
 
-$(STAMP): pyproject.toml
+$(INSTALLED): pyproject.toml
 	@test -n "$(PYTHON)" || { echo "make setup: no Python >= 3.11 with venv and pip on PATH;" \
 		"install one (Debian: apt-get install python3 python3-venv) or name it: make PYTHON=…" >&2; exit 2; }
 	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null \
 		|| { echo "making $(VENV) with $$($(PYTHON) -V)"; $(PYTHON) -m venv --clear $(VENV); }
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m ensurepip
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+$(STAMP): $(INSTALLED)
 	@# Read by the interpreter, so that a pip without --group will do as well.
 	@$(BIN)/python -c 'import tomllib; \
 		print(*tomllib.load(open("pyproject.toml", "rb"))["dependency-groups"]["dev"], sep="\n")' \
 		> $(VENV)/dev-requirements.txt
-	$(BIN)/python -m pip install --quiet --editable . --requirement $(VENV)/dev-requirements.txt
+	$(BIN)/python -m pip install --quiet --requirement $(VENV)/dev-requirements.txt
 	@touch $@
 
-demo: setup  ## serve a small image and pre-warm two nodes with it; needs no registry
+demo: $(INSTALLED)  ## serve a small image and pre-warm two nodes with it; needs no registry
 	$(BIN)/stowray demo
 
 deps:  ## install the programs that tests compare against (Debian, as root), else name the missing
