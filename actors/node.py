@@ -253,7 +253,10 @@ class NodeActor:
             store = run.store
             origin["environment"] = run.environment
             origin["access"] = request["access"]
+            # Each fetching actor keeps a limit of its own: together they keep the node's.
+            fetchers = self._pools.fetchers.size
             spread = run.task(request["spread"])
+            spread["bandwidth"] = -(-spread["bandwidth"] // fetchers)
         source = source_from_dict(request["source"])
         image = Image.from_dict(request["image"])
         digests = [

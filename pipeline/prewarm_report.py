@@ -132,9 +132,10 @@ class PrewarmReport:
         lines += [self._result(cell) for cell in self._ordered()]
         seen = {cell.node for cell in self.cells}
         lines += [
-            {"reference": None, "node": node.name, "error": node.error}
+            {"reference": reference, "node": node.name, "error": node.error}
             for node in self.nodes
             if node.error is not None and node.name not in seen
+            for reference in [image.reference for image in self.images] or [None]
         ]
         return lines
 

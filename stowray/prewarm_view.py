@@ -116,7 +116,7 @@ class PlainView:
                     lines.append(f"wave {wave.number + 1}: {ready}, {outcome}")
             now = self._clock.monotonic()
             figures = self._picture.figures()
-            if now - self._figures_at >= PLAIN_SECONDS:
+            if report.nodes and now - self._figures_at >= PLAIN_SECONDS:
                 self._figures_at = now
                 lines.append(_headline(report, figures))
             self._stream.write("".join(f"{line}\n" for line in lines))

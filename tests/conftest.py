@@ -8,12 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.support import docker_registry, peers
 from tests.support.catalogue import Catalogue
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+# On a busy machine any example may take a second: that is no finding about the code.
+settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("unhurried")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

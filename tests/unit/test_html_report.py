@@ -4,7 +4,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stowray.html_report import ROWS_LIMIT, html_report
@@ -70,7 +70,6 @@ def full_report(word: str) -> PrewarmReport:
     )
 
 
-@settings(deadline=None)  # a busy machine is no mistake of the page
 @given(st.text(max_size=40) | st.just(HOSTILE))
 def test_no_text_from_outside_becomes_markup(word: str) -> None:
     plain, page = Page(html_report(full_report("word"))), Page(html_report(full_report(word)))
