@@ -9,10 +9,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.spread import Blob, NodeState, Part, Spread, Tree, join, spread
+from stowray.pipeline.spread import Blob, NodeState, Part, Spread, join, spread
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
+
+    from stowray.pipeline.spread_tree import Tree
 
 
 class Parts:

@@ -15,7 +15,6 @@ from stowray.pipeline.spread import (
     Spread,
     Tree,
     join,
-    report_interval,
     spread,
 )
 from stowray.pipeline.stripes import LARGE_UNIT, SMALL_UNIT, Stripe, divide
@@ -244,8 +243,3 @@ def test_orphans_form_a_chain_below_the_grandparent() -> None:
 def test_bad_input_is_named(nodes: list[NodeState], fan_out: int, named: str) -> None:
     with pytest.raises(UsageError, match=named):
         spread(IMAGE, nodes, fan_out=fan_out)
-
-
-def test_progress_messages_are_bounded() -> None:
-    assert report_interval(4) == 0.5
-    assert 10_000 / report_interval(10_000) == 1000
