@@ -131,11 +131,13 @@ class PrewarmReport:
         ]
         lines += [self._result(cell) for cell in self._ordered()]
         seen = {cell.node for cell in self.cells}
+        # Of a node that failed before its images were known, nothing but that can be said.
+        references: list[str | None] = [image.reference for image in self.images]
         lines += [
             {"reference": reference, "node": node.name, "error": node.error}
             for node in self.nodes
             if node.error is not None and node.name not in seen
-            for reference in [image.reference for image in self.images] or [None]
+            for reference in references or [None]
         ]
         return lines
 
