@@ -214,6 +214,9 @@ class _Check:
             elif link.blob in self._bad_blobs:
                 # Nothing to compare with: a repair makes this tree anew, whatever it is like.
                 self._unproven.add(link.layer)
+            elif self._depends(link, self._bad_layers):
+                # What it is compared with would be made on top of a tree that is damaged.
+                self._unproven.add(link.layer)
             elif link.layer not in done and self._snapshots.has(link.chain_id):
                 # What is unproven since a reboot counts as absent: a pull makes it anew anyway.
                 done.add(link.layer)
