@@ -19,6 +19,7 @@ from stowray.pipeline.deliver import deliver, parse_target
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StorageError, StowrayError, UsageError, describe
 from stowray.pipeline.ingeststate import IngestState
+from stowray.pipeline.leases import LOCK, leases
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.prewarm_survey import NodeSurvey
 from stowray.pipeline.resolve import document_digests
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
     from stowray.actors.engines import Stores
     from stowray.pipeline.image import Image
+    from stowray.pipeline.store import Store
+
+SWEEP_SECONDS = 2.0
 
 
 class NodeRun:
@@ -48,6 +52,7 @@ class NodeRun:
         self.environment = _environment(request)
         self.store = stores.get(str(self.settings.store_path()))
         self.snapshots = Snapshots(self.store)
+        _forget_the_dead(self.store)
         self.part = Part(self.node)
         self.stamp = ""
         self._allowed: frozenset[str] = frozenset()
@@ -218,6 +223,17 @@ class NodeRun:
             return state.prefix
         finally:
             state.close()
+
+
+def _forget_the_dead(store: Store) -> None:
+    """Remove the leases of processes that were killed, of earlier runs or of this one."""
+    # A collector that is at work does the same, and in a store that cannot be written they harm
+    # nobody.
+    with (
+        contextlib.suppress(StowrayError),
+        store.lock(LOCK, wait_seconds=SWEEP_SECONDS),
+    ):
+        leases(store, sweep=True)
 
 
 def _environment(request: Mapping[str, Any]) -> dict[str, str]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
+import random
 import signal
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.prewarm import Driver, add_held, arrived, ours, states
+from tests.cluster.prewarm import Driver, add_held, add_image, arrived, is_gone, ours, states
+from tests.support.fault_rounds import Rounds
 from tests.support.invariants import check_store
 from tests.support.origin import Origin, origin
 from tests.support.ray_cluster import ray_cluster
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.support.ray_cluster import RayCluster
@@ -78,3 +83,132 @@ def test_nothing_outlives_a_dead_head_and_the_next_run_goes_on(
     assert code == 0, report
     assert states(report) == dict.fromkeys(NAMES, "ready")
     assert registry.seen(path)[-1].range is not None, "what was fetched is fetched again"
+
+
+@pytest.mark.parametrize("fault", ["kill NodeActor", "kill node", "freeze node"])
+def test_a_fault_at_a_random_moment(four_nodes: RayCluster, workspace: Path, fault: str) -> None:
+    seed = random.randrange(1 << 30)
+    print(f"python -m tests.support.fault_rounds --seed {seed} --rounds 1 --fault '{fault}'")
+    Rounds(four_nodes, workspace, seed).carry_out(0, fault)
+
+
+def test_an_actor_that_stands_still_is_replaced(
+    drive: Callable[..., Driver],
+    registry: FakeRegistry,
+    source: Origin,
+    four_nodes: RayCluster,
+    workspace: Path,
+    until: Until,
+) -> None:
+    reference, _ = add_held(registry, source)
+    driver = drive(reference)
+    names = four_nodes.names
+    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in names))
+    (victim,) = ours(four_nodes, "n1", "NodeActor")
+    os.kill(victim, signal.SIGSTOP)
+    try:
+        until(lambda: ours(four_nodes, "n1", "NodeActor") not in ([], [victim]))
+        source.hold_after(None)
+        code, report = driver.finish()
+        assert code == 0, json.dumps(report)
+        assert states(report) == dict.fromkeys(names, "ready")
+        until(lambda: is_gone(four_nodes))
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+
+
+def test_a_late_node_is_begun_without_and_taken_in(
+    drive: Callable[..., Driver],
+    registry: FakeRegistry,
+    four_nodes: RayCluster,
+    until: Until,
+) -> None:
+    driver = drive(add_image(registry, "late", 300_000), changes=True)
+    until(lambda: bool(ours(four_nodes, "n3", "NodeActor")))
+    (late,) = ours(four_nodes, "n3", "NodeActor")
+    os.kill(late, signal.SIGSTOP)
+    try:
+        while {**driver.line()["nodes"], "n3": ""} != {
+            "n0": "ready",
+            "n1": "ready",
+            "n2": "ready",
+            "n3": "",
+        }:
+            continue
+    finally:
+        os.kill(late, signal.SIGCONT)
+    code, report = driver.finish()
+    assert code == 0, json.dumps(report)
+    assert states(report) == dict.fromkeys(four_nodes.names, "ready")
+
+
+def test_a_resolver_that_dies_learns_again_who_has_what(
+    drive: Callable[..., Driver],
+    registry: FakeRegistry,
+    source: Origin,
+    four_nodes: RayCluster,
+    workspace: Path,
+    until: Until,
+) -> None:
+    reference, _path = add_held(registry, source)
+    driver = drive(reference)
+    names = four_nodes.names
+    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in names))
+    (victim,) = ours(four_nodes, "n0", "ResolverActor")
+    os.kill(victim, signal.SIGKILL)
+    until(lambda: ours(four_nodes, "n0", "ResolverActor") not in ([], [victim]))
+    source.hold_after(None)
+    code, report = driver.finish()
+    assert code == 0, json.dumps(report)
+    assert source.sent_twice() == {}, "who had what was forgotten"
+
+
+FILLER = """
+import sys, ray
+ray.init(address=sys.argv[1], log_to_driver=False)
+kept = []
+for _ in range(30):
+    try:
+        kept.append(ray.put(bytes(4 << 20)))
+    except ray.exceptions.RayError:
+        break
+print("full", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_full_object_store_is_in_nobodys_way(
+    drive: Callable[..., Driver], registry: FakeRegistry, four_nodes: RayCluster
+) -> None:
+    environment = {**os.environ, **four_nodes.environment}
+    filler = subprocess.Popen(
+        [sys.executable, "-c", FILLER, four_nodes.address],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    try:
+        assert filler.stdout is not None
+        assert filler.stdout.readline().strip() == b"full"
+        code, report = drive(add_image(registry, "crowded", 400_000)).finish()
+        assert code == 0, json.dumps(report)
+        assert states(report) == dict.fromkeys(four_nodes.names, "ready")
+    finally:
+        filler.communicate()
+
+
+def test_four_raylets_of_one_host_without_names_are_four_nodes(
+    registry: FakeRegistry, workspace: Path
+) -> None:
+    (workspace / "unnamed").mkdir()
+    reference = add_image(registry, "four", 300_000)
+    with ray_cluster(workspace / "unnamed", []) as cluster:
+        for number in range(4):
+            cluster.add(f"u{number}", named=False)
+        with driving(cluster, workspace, reference) as driver:
+            code, report = driver.finish()
+    assert code == 0, json.dumps(report)
+    assert len(states(report)) == 4
+    assert len({node["store"] for node in report["nodes"]}) == 4
+    assert set(states(report).values()) == {"ready"}

@@ -88,13 +88,17 @@ class RayCluster:
         for name in names:
             self.add(name)
 
-    def add(self, name: str, **variables: str) -> None:
-        """Start one more node and wait until it belongs to the cluster."""
+    def add(self, name: str, *, named: bool = True, **variables: str) -> None:
+        """Start one more node and wait until it belongs to the cluster.
+
+        One that is not ``named`` tells nobody that this is its name.
+        """
         answer = self._ask(
             {
                 "do": "add",
                 "name": name,
-                "variables": {"STOWRAY_NODE": name, **variables},
+                "named": named,
+                "variables": {"STOWRAY_NODE": name if named else "", **variables},
                 "labels": dict(self._labels.get(name, {})),
                 "resources": dict(self._resources.get(name, {})),
                 "object_store": OBJECT_STORE,

@@ -47,7 +47,7 @@ def _do(cluster: Any, nodes: dict[str, Any], request: dict[str, Any]) -> dict[st
         nodes[request["name"]] = cluster.add_node(
             num_cpus=2,
             node_ip_address="127.0.0.1",
-            node_name=request["name"],
+            node_name=request["name"] if request["named"] else None,
             env_vars=request["variables"],
             labels=request["labels"] or None,
             resources=request["resources"] or None,
