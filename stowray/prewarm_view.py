@@ -207,6 +207,8 @@ def picture_lines(picture: PrewarmPicture, width: int, height: int) -> list[Text
 
     report = picture.report
     figures = picture.figures()
+    if not report.nodes:
+        return [Text("looking for nodes", "bold")]
     lines = [_bar(figures, report, width), *(Text(text) for text in _heads(report, figures, width))]
     nodes = list(report.nodes)
     room = max(3, min(ROWS_LIMIT, height - len(lines) - 3))

@@ -173,3 +173,48 @@ def test_a_signal_ends_a_run_with_its_report(
     # 130 if the signal came before the run had begun to wait for others.
     assert code in (0, 130)
     assert [line["node"] for line in lines_of(out)] == NODES
+
+
+PROGRAM_WITH_TASK = """
+import json, sys, ray, stowray
+address, store, reference = sys.argv[1:]
+ray.init(address, log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+def where():
+    return ray.get_runtime_context().get_node_id()
+
+with stowray.prewarm(reference, store=store, plan={"nodes.names": ["n2"]}) as job:
+    kinds = {event.kind for event in job}
+    report = job.result()
+    ran = ray.get([where.options(label_selector=job.ready_nodes(reference)).remote()
+                   for _ in range(4)])
+print(json.dumps([sorted(kinds), report.exit_code, ran, [node.node_id for node in report.nodes]]))
+"""
+
+
+def test_work_is_placed_where_the_image_is(
+    four_nodes: RayCluster, registry: FakeRegistry, workspace: Path
+) -> None:
+    reference = add_image(registry, "placed", 1000)
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    store = str(workspace / "{node}")
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            PROGRAM_WITH_TASK,
+            four_nodes.address,
+            store,
+            reference,
+        ],
+        env={**kept, **four_nodes.environment, "XDG_RUNTIME_DIR": str(workspace)},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+    )
+    assert done.returncode == 0, done.stderr
+    kinds, code, ran, nodes = json.loads(done.stdout.splitlines()[-1])
+    assert code == 0
+    assert {"blob", "layer", "image", "job"} <= set(kinds)
+    assert len(nodes) == 1 and set(ran) == set(nodes)

@@ -247,3 +247,22 @@ def test_a_node_without_room_is_refused_before_the_first_byte(
     assert list((small_disk / "ingest").iterdir()) == []
     row = next(node for node in report["nodes"] if node["name"] == "n2")
     assert row["disk_needed"] > row["disk_free"]
+
+
+def test_a_node_receives_no_more_than_its_bandwidth(
+    drive: Callable[..., Driver], registry: FakeRegistry
+) -> None:
+    rate, sizes = 200_000, (400_000,) * 3
+    reference = add_image(registry, "narrow", *sizes)
+    code, report = drive(
+        reference,
+        plan={"limits.bandwidth": rate, "nodes.names": ["n1", "n2"]},
+        # Two processes that fetch on each node: together they are one node.
+        settings={"unpack": {"workers": 8}},
+    ).finish()
+    assert code == 0
+    for node in ("n1", "n2"):
+        spans = [span for span in report["spans"] if span["node"] == node]
+        seconds = max(span["completed"] for span in spans) - min(span["started"] for span in spans)
+        # What one read brings is paid for after it has come.
+        assert seconds >= 0.8 * sum(sizes) / rate, node

@@ -341,3 +341,8 @@ def test_names_stay_different_when_they_are_made_short() -> None:
 )
 def test_a_cell_in_a_word(cell: Cell | None, word: str) -> None:
     assert cell_word(cell) == word
+
+
+def test_before_any_node_is_known_nothing_is_counted() -> None:
+    lines = picture_lines(PrewarmPicture(), 80, 24)
+    assert [line.plain for line in lines] == ["looking for nodes"]
