@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import sys
 import threading
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -246,7 +247,10 @@ def is_homeless(error: BaseException) -> bool:
 
 def was_restarted() -> bool:
     """Return whether Ray has started the actor that asks once before."""
-    return bool(ray.get_runtime_context().was_current_actor_reconstructed)
+    with warnings.catch_warnings():
+        # Ray's own use of what it has deprecated, printed in every driver's output.
+        warnings.simplefilter("ignore")
+        return bool(ray.get_runtime_context().was_current_actor_reconstructed)
 
 
 def settle(reference: ray.ObjectRef[Any], seconds: float) -> None:
