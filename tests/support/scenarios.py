@@ -228,8 +228,8 @@ def mend(path: Path, boot: Boot = FIRST_BOOT) -> None:
         record = store.find_reference(reference("one"), "linux/amd64")
         if record is not None:
             blob = store.blob_path(record.layers[0])
-            if blob.exists():
-                with suppress(OSError):
+            with suppress(OSError):
+                if blob.exists():
                     content = bytearray(blob.read_bytes())
                     if len(content) > 100:
                         content[100] ^= 1
