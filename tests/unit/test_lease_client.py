@@ -79,6 +79,22 @@ def test_what_is_held_is_declared_to_a_new_owner_before_anybody_else_gets_it(own
     assert owner.questions.count("declare") == 1, "what was given back or read is not held"
 
 
+def test_what_was_read_is_told_to_a_new_owner_and_not_read_again(owner: Owner) -> None:
+    a, b = owner.client("a"), owner.client("b")
+    a.ask("k", 100, 0)
+    a.progress("k", 40)
+    a.ask("wrong", 50, 0)
+    a.progress("wrong", 20)
+    a.lost("wrong")
+    owner.lose()
+    a.progress("k", 60)
+    owner.now += DEFAULT_TTL_SECONDS + 1
+    told = b.ask("k", 100, 0)
+    assert isinstance(told, Elsewhere)
+    assert (told.nodes, told.end, told.reading) == (("a",), 60, False)
+    assert b.ask("wrong", 50, 0) == Granted(0, 50, DEFAULT_TTL_SECONDS)
+
+
 def test_permits_are_for_the_whole_cluster_also_after_a_restart(owner: Owner) -> None:
     a, b = owner.client("a", 1), owner.client("b", 1)
     assert a.permit("x") > 0
