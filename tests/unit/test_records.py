@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -8,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stowray.pipeline.digest import Digest
+from stowray.pipeline.entry_list import read_entry_list
 from stowray.pipeline.errors import StorageError
+from stowray.pipeline.journal import Journal
 from stowray.pipeline.recordfile import (
     decode_record,
     encode_record,
@@ -121,3 +124,19 @@ def test_reference_records_of_another_form_are_none(key: str, value: object) -> 
         assert parsed is None
     del payload[key]
     assert ReferenceRecord.parse(payload) is None
+
+
+@pytest.mark.parametrize(
+    "claim", [b"\xdd\x03\xff\xff\xff", b"\xdd\xff\xff\xff\xff", b"\xdf\xff\xff\xff\xff"]
+)
+def test_a_length_that_a_damaged_file_claims_is_not_believed(tmp_path: Path, claim: bytes) -> None:
+    (tmp_path / "journal").write_bytes(claim)
+    (tmp_path / "tree.entries").write_bytes(claim)
+    tracemalloc.start()
+    try:
+        assert Journal(tmp_path / "journal").read().checkpoints == []
+        with pytest.raises(StorageError, match="damaged"):
+            read_entry_list(tmp_path / "tree")
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
