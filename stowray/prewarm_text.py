@@ -6,6 +6,7 @@ nodes are escaped; a thousand nodes take no more lines than the few that need at
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -130,9 +131,14 @@ def failures(report: PrewarmReport) -> list[str]:
     for message, nodes in said.items():
         names = list(dict.fromkeys(nodes))
         where = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        known = len(names) == 1 and names[0] in message
+        known = len(names) == 1 and _names(message, names[0])
         lines.append(escape(message if known or not names else f"{where}: {message}"))
     return lines
+
+
+def _names(message: str, node: str) -> bool:
+    """Tell whether ``message`` names ``node`` as a word, not within a path or a longer name."""
+    return re.search(rf"(?<![\w./-]){re.escape(node)}(?![\w./-])", message) is not None
 
 
 def summary(report: PrewarmReport) -> list[str]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from stowray.pipeline.clock import Clock
 from stowray.pipeline.errors import NodeError, describe
 from stowray.pipeline.prewarm_report import PrewarmReport
-from stowray.pipeline.prewarm_rows import CELL_STATUSES, Cell, CellStatus, WaveRow
+from stowray.pipeline.prewarm_rows import CELL_STATUSES, Cell, CellStatus, NodeRow, WaveRow
 from stowray.pipeline.progress import Event, Progress
 from stowray.prewarm_picture import PrewarmPicture
 from stowray.prewarm_text import cell_word, clip, failures, image_names, who_has_what
@@ -346,3 +346,17 @@ def test_a_cell_in_a_word(cell: Cell | None, word: str) -> None:
 def test_before_any_node_is_known_nothing_is_counted() -> None:
     lines = picture_lines(PrewarmPicture(), 80, 24)
     assert [line.plain for line in lines] == ["looking for nodes"]
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("node n1: no answer", "node n1: no answer"),
+        ("/stores/n1: cannot open the store", "n1: /stores/n1: cannot open the store"),
+        ("n10 gave nothing", "n1: n10 gave nothing"),
+    ],
+)
+def test_a_failure_names_its_node_once(message: str, said: str) -> None:
+    error = {"type": "NodeError", "message": message, "retryable": False}
+    report = PrewarmReport(nodes=(NodeRow("n1", state="failed", error=error),))
+    assert failures(report) == [said]
