@@ -14,12 +14,12 @@ import threading
 import time
 from collections import Counter
 from contextlib import ExitStack
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors.connect import connect
 from stowray.actors.headwatch import HeadWatch
+from stowray.actors.prewarm_access import on_any_node
 from stowray.actors.wire import origin_environment
 from stowray.pipeline.engine import never
 from stowray.pipeline.errors import CancelledError, DeadlineError, StowrayError, describe
@@ -80,7 +80,7 @@ class PrewarmRun:
     ) -> None:
         self.on_change: Callable[[PrewarmReport], None] = _to_nobody
         self._plan = plan
-        self._settings = _for_nodes(settings)
+        self._settings = on_any_node(settings)
         self._progress = progress
         self._lock = lock or (Path(plan.lock) if plan.lock else None)
         self._watch = watch
@@ -394,12 +394,3 @@ async def _look(under: _Under, node: Any) -> None:
 async def _repair(under: _Under) -> None:
     nodes = await under.cluster.gather((await under.nodes()).values())
     await under.cluster.warm_in_waves(await under.cluster.look(nodes))
-
-
-def _for_nodes(settings: Settings) -> Settings:
-    """Return the settings as they hold on any node: where the store is, is said here."""
-    store = settings.store or os.environ.get("STOWRAY_STORE", "")
-    if store:
-        # Relative to this process's directory, which no other node knows.
-        store = str(Path(store).expanduser().absolute())
-    return replace(settings, store=store)

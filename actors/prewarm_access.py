@@ -7,7 +7,9 @@ loop; each reference once.
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.access import FILE_VARIABLES, access_to, without_files
@@ -47,3 +49,12 @@ class RunAccess:
     async def _ask(self, reference: Reference) -> dict[str, Any]:
         found = await asyncio.to_thread(access_to, reference, self._endpoints, self._credentials)
         return found.to_dict()
+
+
+def on_any_node(settings: Settings) -> Settings:
+    """Return the settings as they hold on any node: where the store is, is said here."""
+    store = settings.store or os.environ.get("STOWRAY_STORE", "")
+    if store:
+        # Relative to this process's directory, which no other node knows.
+        store = str(Path(store).expanduser().absolute())
+    return replace(settings, store=store)
