@@ -6,6 +6,7 @@ display only watches, when it breaks the run goes on.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from typing import TYPE_CHECKING, Final, TextIO
@@ -193,7 +194,14 @@ class LiveView:
                 from rich.live import Live
 
                 console = Console(file=self._stream, highlight=False, soft_wrap=False)
-                self._live = Live(self, console=console, auto_refresh=False)
+                # An answer that goes elsewhere than to the terminal is none of the console's.
+                self._live = Live(
+                    self,
+                    console=console,
+                    auto_refresh=False,
+                    redirect_stdout=sys.stdout.isatty(),
+                    redirect_stderr=sys.stderr.isatty(),
+                )
                 self._live.start()
             self._live.refresh()
             self._drawn = self._clock.monotonic()

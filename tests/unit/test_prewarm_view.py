@@ -2,6 +2,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pty
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -360,3 +364,32 @@ def test_a_failure_names_its_node_once(message: str, said: str) -> None:
     error = {"type": "NodeError", "message": message, "retryable": False}
     report = PrewarmReport(nodes=(NodeRow("n1", state="failed", error=error),))
     assert failures(report) == [said]
+
+
+def test_an_answer_goes_where_it_should_beside_a_live_view() -> None:
+    """As in ``J=$(stowray prewarm … --json)`` at a prompt: the view is the terminal's only."""
+    script = (
+        "import sys\n"
+        "from stowray.pipeline.clock import SYSTEM_CLOCK\n"
+        "from stowray.prewarm_view import LiveView\n"
+        "from tests.support.prewarm import make_report\n"
+        "view = LiveView(sys.stderr, SYSTEM_CLOCK)\n"
+        "view.report(make_report(('worker-1',), ('debian:12',)))\n"
+        "print('the answer')\n"
+        "view.stop()\n"
+    )
+    main, side = pty.openpty()
+    with open(side, "wb", buffering=0) as terminal:
+        done = subprocess.run(
+            [sys.executable, "-c", script],
+            stderr=terminal,
+            stdout=subprocess.PIPE,
+            env={"PATH": os.environ["PATH"], "TERM": "xterm-256color"},
+            check=True,
+            timeout=120,
+        )
+    with open(main, "rb", buffering=0) as seen:
+        shown = seen.read(1 << 16)
+    assert done.stdout == b"the answer\n"
+    assert b"worker-1" in shown
+    assert b"the answer" not in shown
