@@ -345,7 +345,12 @@ class StripeStream:
             # It had them perhaps from here. The piece may be asked of the origin instead.
             job.distrusted.add(source)
             return True
-        return (source, generation) in job.suspects
+        if (source, generation) not in job.suspects:
+            return False
+        if job.now() - self._fed_at >= self._shared.patience.starved:
+            # It may wait for this node in turn, and neither will ever prove what it has.
+            job.distrusted.add(source)
+        return True
 
     def _get_slot(self) -> None:
         """Wait for a slot; it is not the source that is slow meanwhile."""
