@@ -20,6 +20,7 @@ from stowray.actors.engine import RayEngine
 from stowray.pipeline.progress import Progress
 from stowray.pipeline.settings import RegistrySettings, Settings, UnpackSettings
 from tests.cluster.prewarm import Driver
+from tests.support.origin import Origin, origin
 from tests.support.ray_cluster import RayCluster, ray_cluster
 from tests.support.registry import FakeRegistry
 
@@ -74,6 +75,13 @@ def engine(ray_address: RayAddress, crew_settings: Settings) -> Iterator[RayEngi
 def registry() -> Iterator[FakeRegistry]:
     with FakeRegistry() as registry:
         yield registry
+
+
+@pytest.fixture
+def source(registry: FakeRegistry) -> Iterator[Origin]:
+    """What stands before the registry and can hold it back."""
+    with origin(registry.host) as proxy:
+        yield proxy
 
 
 @pytest.fixture

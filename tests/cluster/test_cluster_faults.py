@@ -17,13 +17,13 @@ from tests.cluster.prewarm import Driver, add_held, add_image, arrived, is_gone,
 from tests.support.fault_rounds import Rounds
 from tests.support.interpose import locked_elsewhere
 from tests.support.invariants import check_store
-from tests.support.origin import Origin, origin
 from tests.support.ray_cluster import ray_cluster
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.support.origin import Origin
     from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
 
@@ -31,13 +31,6 @@ NAMES = ("h0", "h1", "h2")
 # Raylets outlive their head for longer than the test: who ends before has ended by itself.
 PATIENT = {"gcs_rpc_server_reconnect_timeout_s": 600}
 Until = "Callable[[Callable[[], bool]], None]"
-
-
-@pytest.fixture
-def source(registry: FakeRegistry) -> Iterator[Origin]:
-    """What stands before the registry and can hold it back."""
-    with origin(registry.host) as proxy:
-        yield proxy
 
 
 @contextlib.contextmanager

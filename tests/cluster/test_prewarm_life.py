@@ -18,12 +18,12 @@ from tests.cluster.prewarm import (
     states,
     statuses,
 )
-from tests.support.origin import Origin, origin
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from tests.support.origin import Origin
     from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
 
@@ -37,13 +37,6 @@ class Finder:
 sys.meta_path.insert(0, Finder())
 """
 Until = "Callable[[Callable[[], bool]], None]"
-
-
-@pytest.fixture
-def source(registry: FakeRegistry) -> Iterator[Origin]:
-    """What stands before the registry and can hold it back."""
-    with origin(registry.host) as proxy:
-        yield proxy
 
 
 @pytest.fixture
