@@ -66,9 +66,7 @@ class Muster:
         try:
             await node.begin()
         except StowrayError as error:
-            if not node.is_dead:
-                self._context.state.fail_node(node.name, describe(error))
-            node.finished.set()
+            node.fail(error)
             return False
         return True
 

@@ -87,6 +87,12 @@ class RunNode:
         """Return whether the node is gone."""
         return self.link.is_dead
 
+    def fail(self, error: StowrayError) -> None:
+        """Note that nothing more comes of the node; a dead one has been told as that."""
+        if not self.is_dead:
+            self._context.state.fail_node(self.name, describe(error))
+        self.finished.set()
+
     def die(self, reason: str) -> None:
         """Note that the node is gone: nothing is waited for any more."""
         self.link.die(reason)

@@ -293,9 +293,7 @@ class ClusterRun:
         try:
             await node.accept(part, self._parts.digests)
         except StowrayError as error:
-            if not node.is_dead:
-                self._context.state.fail_node(node.name, describe(error))
-            node.finished.set()
+            node.fail(error)
             return False
         return True
 
