@@ -8,51 +8,51 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from stowray.html_matrix import STYLE as MATRIX_STYLE
+from stowray.html_matrix import matrix_row, matrix_table
 from stowray.html_page import page, table, text
 from stowray.html_timeline import STYLE as TIMELINE_STYLE
 from stowray.html_timeline import timelines
 from stowray.pipeline.prewarm_rows import PEER
 from stowray.prewarm_picture import most_telling, node_cells
-from stowray.prewarm_text import (
-    cell_word,
-    count_text,
-    failures,
-    image_names,
-    states_text,
-)
+from stowray.prewarm_text import count_text, failures, states_text
 from stowray.text import seconds_text, size_text
 
 if TYPE_CHECKING:
     from stowray.pipeline.prewarm_report import PrewarmReport
-    from stowray.pipeline.prewarm_rows import Cell, NodeRow
+    from stowray.pipeline.prewarm_rows import NodeRow
 
 # A page is to be read: the JSON report has all rows.
 ROWS_LIMIT: Final = 1000
 SLOWEST: Final = 10
-_SIGNS: Final = {
-    "pulled": ("✓", "good"),
-    "present": ("✓", "good"),
-    "not wanted": ("–", "plain"),
-    "-": ("–", "plain"),
-    "working": ("…", "plain"),
-    "waiting": ("…", "plain"),
-}
-_STYLE: Final = """
-td.good, .good { color: var(--green); } td.bad, .bad { color: var(--red); }
-.matrix td, .matrix th { text-align: left; } h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
+STYLE: Final = (
+    MATRIX_STYLE
+    + TIMELINE_STYLE
+    + """
+h3 { font-size: 1rem; margin: 1rem 0 .25rem; }
 .verdict { font-size: 1.05rem; border-left: 4px solid currentColor; padding: .2rem .8rem; }
 .bar { display: inline-block; height: .7rem; border-radius: 2px; vertical-align: middle; }
 ul { padding-left: 1.2rem; } li { overflow-wrap: anywhere; }
 nav { margin-top: 1rem; } nav a { margin-right: 1rem; color: var(--blue); }
 """
+)
 
 
 def html_report(report: PrewarmReport) -> str:
     """Return the page of a run."""
-    title = "Pre-warm report" if report.command == "prewarm" else "Status of a cluster"
+    return page(report_title(report), report_body(report), STYLE)
+
+
+def report_title(report: PrewarmReport) -> str:
+    """Return what the page is called."""
+    return "Pre-warm report" if report.command == "prewarm" else "Status of a cluster"
+
+
+def report_body(report: PrewarmReport) -> str:
+    """Return what stands on the page of a run."""
     sections = [
         ("matrix", "Nodes and images", _matrix(report)),
-        ("trouble", "What went wrong", _trouble(report)),
+        ("trouble", "What went wrong", trouble(report)),
         ("time", "Over time", timelines(report)),
         ("sources", "Bytes by source", _sources(report)),
         ("slowest", "Slowest parts", _slowest(report)),
@@ -63,12 +63,13 @@ def html_report(report: PrewarmReport) -> str:
     ]
     shown = [section for section in sections if section[2]]
     links = "".join(f'<a href="#{name}">{text(heading)}</a>' for name, heading, _ in shown)
-    body = [f"<h1>{text(title)}</h1>", _head(report), f'<nav aria-label="Sections">{links}</nav>']
+    body = [f"<h1>{text(report_title(report))}</h1>", _head(report)]
+    body.append(f'<nav aria-label="Sections">{links}</nav>')
     body += [
         f'<section aria-labelledby="{name}"><h2 id="{name}">{text(heading)}</h2>{content}</section>'
         for name, heading, content in shown
     ]
-    return page(title, "".join(body), _STYLE + TIMELINE_STYLE)
+    return "".join(body)
 
 
 def _head(report: PrewarmReport) -> str:
@@ -114,44 +115,13 @@ def _matrix(report: PrewarmReport) -> str:
     if left:
         nodes = most_telling(nodes, {})[:ROWS_LIMIT]
     references = [image.reference for image in report.images]
-    heads = "".join(
-        f'<th scope="col" title="{text(reference)}">{text(name)}</th>'
-        for name, reference in zip(image_names(references), references, strict=True)
-    )
-    rows = []
-    for node in nodes:
-        own = {cell.reference: cell for cell in cells[node.name]}
-        rows.append(
-            f'<tr><th scope="row">{text(node.name)}</th>{_state(node)}'
-            + "".join(_cell(own.get(reference)) for reference in references)
-            + "</tr>"
-        )
+    rows = "".join(matrix_row(node, cells[node.name], references) for node in nodes)
     more = f"<p>{left} more nodes are in the JSON report.</p>" if left else ""
-    return (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Nodes and images">'
-        '<table class="matrix"><caption>Each image on each node</caption><thead><tr>'
-        f'<th scope="col">node</th><th scope="col">state</th>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>{more}"
-    )
+    return matrix_table(references, rows) + more
 
 
-def _state(node: NodeRow) -> str:
-    kind = "good" if node.state == "ready" else "plain"
-    kind = "bad" if node.error is not None else kind
-    return f'<td class="{kind}">{text(node.state)}</td>'
-
-
-def _cell(cell: Cell | None) -> str:
-    word = cell_word(cell)
-    sign, kind = _SIGNS.get(word, ("✗", "bad"))
-    said = word
-    if cell is not None and cell.status == "done" and cell.seconds:
-        said += f" {seconds_text(cell.seconds)}"
-    error = "" if cell is None or cell.error is None else f' title="{text(cell.error["message"])}"'
-    return f'<td class="{kind}"{error}><span aria-hidden="true">{sign}</span> {text(said)}</td>'
-
-
-def _trouble(report: PrewarmReport) -> str:
+def trouble(report: PrewarmReport, limit: int = ROWS_LIMIT) -> str:
+    """Return errors, warnings and remarks, at most ``limit`` of each; empty when there is none."""
     parts = []
     groups = (
         ("Errors", failures(report)),
@@ -160,7 +130,7 @@ def _trouble(report: PrewarmReport) -> str:
     )
     for heading, lines in groups:
         if lines:
-            entries = "".join(f"<li>{text(line)}</li>" for line in lines[:ROWS_LIMIT])
+            entries = "".join(f"<li>{text(line)}</li>" for line in lines[:limit])
             parts.append(f"<h3>{heading}</h3><ul>{entries}</ul>")
     if report.remarks:
         rows: list[list[object]] = [
@@ -172,7 +142,7 @@ def _trouble(report: PrewarmReport) -> str:
                 size_text(remark.position),
                 remark.detail,
             ]
-            for remark in report.remarks[:ROWS_LIMIT]
+            for remark in report.remarks[:limit]
         ]
         head = ["node", "source", "what", "blob", "at", "detail"]
         told = count_text(len(report.remarks), "remark")

@@ -12,7 +12,7 @@ from stowray.pipeline.prewarm_rows import origin_and_peer_bytes
 from stowray.text import seconds_text, size_text
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.prewarm_rows import BlobSpan
@@ -25,6 +25,7 @@ _ROWS: Final = 200
 STYLE: Final = """
 .fill-wait { fill: var(--grey); opacity: .35; } .fill-origin { fill: var(--purple); }
 .fill-peer { fill: var(--blue); } .fill-unpack { fill: var(--orange); }
+.fill-coming { fill: var(--green); } .key .fill-coming { background: var(--green); }
 .key .fill-wait { background: var(--grey); opacity: .35; }
 .key .fill-origin { background: var(--purple); } .key .fill-peer { background: var(--blue); }
 .key .fill-unpack { background: var(--orange); }
@@ -35,66 +36,97 @@ _KEY: Final = (
     ("fill-peer", "bytes from nodes"),
     ("fill-unpack", "unpacking, until it is done"),
 )
+_COMING: Final = ("fill-coming", "bytes, from where is not told yet")
 
 
-def timelines(report: PrewarmReport) -> str:
-    """Return the pictures and tables of all nodes; empty when nothing was fetched."""
+class Going:
+    """What goes on: the moment, in seconds since the run began, and the blobs under way."""
+
+    def __init__(self, now: float, blobs: Collection[tuple[str, str]]) -> None:
+        self.now = now
+        self._blobs = blobs
+
+    def end(self, span: BlobSpan) -> float:
+        """Return until when a blob was worked on, which is now for one under way."""
+        times = (span.started, span.first_byte, span.completed, span.staged)
+        last = max((moment for moment in times if moment is not None), default=0.0)
+        return max(last, self.now) if (span.node, span.digest) in self._blobs else last
+
+
+_OVER: Final = Going(0.0, ())
+
+
+def timelines(
+    report: PrewarmReport,
+    *,
+    going: Going = _OVER,
+    detailed: int = DETAILED,
+    overview: int = OVERVIEW,
+    blobs: int = _ROWS,
+) -> str:
+    """Return the pictures and tables of all nodes; empty when nothing was fetched.
+
+    ``detailed`` nodes, the slowest, have pictures of their own of up to ``blobs`` blobs, and
+    ``overview`` are in the picture of all.
+    """
     by_node: dict[str, list[BlobSpan]] = {}
     for span in report.spans:
         if span.started is not None:
             by_node.setdefault(span.node, []).append(span)
     if not by_node:
         return ""
-    ends = {node: max(_end(span) for span in spans) for node, spans in by_node.items()}
+    ends = {node: max(going.end(span) for span in spans) for node, spans in by_node.items()}
     nodes = sorted(by_node, key=lambda node: (-ends[node], node))
     longest = ends[nodes[0]]
-    keys = "".join(f'<span class="key"><i class="{name}"></i>{said}</span>' for name, said in _KEY)
+    keyed = _KEY if going is _OVER else (*_KEY, _COMING)
+    keys = "".join(f'<span class="key"><i class="{name}"></i>{said}</span>' for name, said in keyed)
     parts = [f"<p>{keys}</p>"]
     if len(nodes) > 1:
-        parts.append(_overview(nodes[:OVERVIEW], by_node, longest))
-        if len(nodes) > OVERVIEW:
-            parts.append(f"<p>{len(nodes) - OVERVIEW} faster nodes are not drawn.</p>")
-    for number, node in enumerate(nodes[:DETAILED]):
+        parts.append(_overview(nodes[:overview], by_node, longest, going))
+        if len(nodes) > overview:
+            parts.append(f"<p>{len(nodes) - overview} faster nodes are not drawn.</p>")
+    for number, node in enumerate(nodes[:detailed]):
         spans = sorted(by_node[node], key=lambda span: (span.started or 0.0, span.digest))
         opened = " open" if number == 0 else ""
+        after = "ready after" if going is _OVER else "so far"
+        shown = spans if going is _OVER else spans[-blobs:]
         parts.append(
-            f"<details{opened}><summary><strong>{text(node)}</strong> · {len(spans)} blobs, ready "
-            f"after {seconds_text(ends[node])}</summary>"
-            f"{_picture(node, spans[:_ROWS], longest)}{_table(node, spans)}</details>"
+            f'<details{opened} data-of="{text(node)}"><summary><strong>{text(node)}</strong> · '
+            f"{len(spans)} blobs, {after} {seconds_text(ends[node])}</summary>"
+            f"{_picture(node, shown[:blobs], longest, going)}{_table(node, shown)}</details>"
         )
-    if len(nodes) > DETAILED:
+    if len(nodes) > detailed:
         parts.append(
-            f"<p>The blobs of {len(nodes) - DETAILED} faster nodes are in the JSON report.</p>"
+            f"<p>The blobs of {len(nodes) - detailed} faster nodes are in the JSON report.</p>"
         )
     return "".join(parts)
 
 
-def _end(span: BlobSpan) -> float:
-    times = (span.started, span.first_byte, span.completed, span.staged)
-    return max(moment for moment in times if moment is not None)
-
-
-def _overview(nodes: Sequence[str], by_node: dict[str, list[BlobSpan]], longest: float) -> str:
+def _overview(
+    nodes: Sequence[str], by_node: dict[str, list[BlobSpan]], longest: float, going: Going
+) -> str:
     rows = []
     for node in nodes:
         spans = by_node[node]
         began = min(span.started or 0.0 for span in spans)
         first = min((s.first_byte for s in spans if s.first_byte is not None), default=None)
         fetched = max((s.completed for s in spans if s.completed is not None), default=None)
-        done = max(_end(span) for span in spans)
+        done = max(going.end(span) for span in spans)
         given: dict[str, int] = {}
         for span in spans:
             for source, size in span.by_source.items():
                 given[source] = given.get(source, 0) + size
-        rows.append((node, _bars(began, first, fetched, done, given), _said(node, spans, given)))
+        rows.append(
+            (node, _bars(began, first, fetched, done, given), _said(node, spans, given, going))
+        )
     return _svg(f"{len(nodes)} nodes over time", rows, longest)
 
 
-def _picture(node: str, spans: Sequence[BlobSpan], longest: float) -> str:
+def _picture(node: str, spans: Sequence[BlobSpan], longest: float, going: Going) -> str:
     rows = []
     for span in spans:
         bars = _bars(
-            span.started or 0.0, span.first_byte, span.completed, _end(span), span.by_source
+            span.started or 0.0, span.first_byte, span.completed, going.end(span), span.by_source
         )
         rows.append((span.digest.partition(":")[2][:12], bars, _about(span)))
     return _svg(f"Blobs of {node} over time", rows, longest)
@@ -116,6 +148,8 @@ def _bars(
         return bars
     until = done if fetched is None else fetched
     origin, peers = origin_and_peer_bytes(given)
+    if not given:
+        return [*bars, ("fill-coming", first, until), ("fill-unpack", until, done)]
     middle = first + (until - first) * (origin / (origin + peers) if origin + peers else 0.0)
     bars += [("fill-origin", first, middle), ("fill-peer", middle, until)]
     return [*bars, ("fill-unpack", until, done)]
@@ -151,11 +185,12 @@ def _svg(label: str, rows: Sequence[tuple[str, _Bars, str]], longest: float) -> 
     return "".join([*parts, "</svg>"])
 
 
-def _said(node: str, spans: Sequence[BlobSpan], given: dict[str, int]) -> str:
+def _said(node: str, spans: Sequence[BlobSpan], given: dict[str, int], going: Going) -> str:
     origin, peers = origin_and_peer_bytes(given)
+    end = seconds_text(max(going.end(span) for span in spans))
     return (
         f"{node}: {len(spans)} blobs, {size_text(origin)} from registries, {size_text(peers)} from "
-        f"nodes, ready after {seconds_text(max(_end(span) for span in spans))}"
+        f"nodes, {'ready after' if going is _OVER else 'so far'} {end}"
     )
 
 
