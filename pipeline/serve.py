@@ -26,7 +26,16 @@ if TYPE_CHECKING:
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.store import Store
 
-__all__ = ["BlobServer", "ServeLimits", "Served", "bearer", "is_loopback_host", "parse_listen"]
+__all__ = [
+    "BlobServer",
+    "ServeLimits",
+    "Served",
+    "bearer",
+    "is_loopback_host",
+    "listener_name",
+    "open_listener",
+    "parse_listen",
+]
 
 DEFAULT_HOST = "127.0.0.1"
 DEFAULT_PORT = 5001
@@ -86,8 +95,8 @@ class BlobServer:
         """Listen, and return the address when requests are answered."""
         if self._thread is not None:
             raise NodeError(self._address, "the blob server runs already")
-        listener = _listen(self._host, self._port)
-        self._address = _name(listener)
+        listener = open_listener(self._host, self._port)
+        self._address = listener_name(listener)
         self._ended.clear()
         ready = threading.Event()
         self._thread = threading.Thread(
@@ -188,7 +197,9 @@ def bearer(token: str) -> Callable[[str | None], bool]:
     return authorize
 
 
-def parse_listen(text: str) -> tuple[str, int]:
+def parse_listen(
+    text: str, option: str = "--listen", usual_port: int = DEFAULT_PORT
+) -> tuple[str, int]:
     """Return host and port of ``HOST:PORT``, ``[IPV6]:PORT``, ``HOST`` or ``:PORT``.
 
     What is left out is loopback and the usual port: nothing is open to the network unasked.
@@ -196,7 +207,7 @@ def parse_listen(text: str) -> tuple[str, int]:
     if text.startswith("["):
         host, bracket, rest = text[1:].partition("]")
         if not bracket or (rest and not rest.startswith(":")):
-            raise UsageError("--listen", f"{text!r} is not [IPV6]:PORT")
+            raise UsageError(option, f"{text!r} is not [IPV6]:PORT")
         port = rest[1:]
     elif text.count(":") > 1:
         host, port = text, ""
@@ -205,9 +216,9 @@ def parse_listen(text: str) -> tuple[str, int]:
         if host.isascii() and host.isdecimal() and not port:
             host, port = "", host
     if not port:
-        return host or DEFAULT_HOST, DEFAULT_PORT
+        return host or DEFAULT_HOST, usual_port
     if not (port.isascii() and port.isdecimal() and len(port) < 6 and int(port) < 65536):
-        raise UsageError("--listen", f"{port[:20]!r} is not a port (0 to 65535)")
+        raise UsageError(option, f"{port[:20]!r} is not a port (0 to 65535)")
     return host or DEFAULT_HOST, int(port)
 
 
@@ -221,8 +232,11 @@ def is_loopback_host(host: str) -> bool:
         return False
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Return a listening socket at the first address that ``host`` has."""
+def open_listener(host: str, port: int) -> socket.socket:
+    """Return a listening socket at the first address that ``host`` has.
+
+    Raises UsageError when there is none, or another program has the port.
+    """
     where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
@@ -250,6 +264,7 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _name(listener: socket.socket) -> str:
+def listener_name(listener: socket.socket) -> str:
+    """Return ``HOST:PORT`` of a listening socket; an IPv6 address in brackets."""
     host, port = listener.getsockname()[:2]
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

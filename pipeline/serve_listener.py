@@ -64,7 +64,7 @@ class Listening:
 
         async def answer(request: web.BaseRequest) -> web.StreamResponse:
             protocol = request.protocol
-            if isinstance(protocol, _Connection):
+            if isinstance(protocol, Connection):
                 protocol.begun = True
             return await answers(request)
 
@@ -101,12 +101,12 @@ class Listening:
 
     def _connect(self) -> asyncio.BaseProtocol:
         if len(self._server.connections) >= self._limits.connections:
-            return _Busy()
+            return Busy()
         loop = asyncio.get_running_loop()
-        return _Connection(self._server, self._limits.header_seconds, loop, self._options)
+        return Connection(self._server, self._limits.header_seconds, loop, self._options)
 
 
-class _Connection(web.RequestHandler):
+class Connection(web.RequestHandler):
     """A connection that must send a whole request head in time; later ones have the keep-alive."""
 
     __slots__ = ("_deadline", "_seconds", "begun")
@@ -118,17 +118,20 @@ class _Connection(web.RequestHandler):
         loop: asyncio.AbstractEventLoop,
         options: dict[str, Any],
     ) -> None:
+        """Give the first head ``seconds``; ``begun`` is to be set when it has come."""
         super().__init__(server, loop=loop, **options)
         self.begun = False
         self._seconds = seconds
         self._deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Begin the deadline of the first head."""
         super().connection_made(transport)
         loop = asyncio.get_running_loop()
         self._deadline = loop.call_later(self._seconds, self._end_silence)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        """Forget the deadline."""
         if self._deadline is not None:
             self._deadline.cancel()
         super().connection_lost(exc)
@@ -138,10 +141,11 @@ class _Connection(web.RequestHandler):
             self.force_close()
 
 
-class _Busy(asyncio.Protocol):
+class Busy(asyncio.Protocol):
     """Says that there are too many connections."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Say so and hang up."""
         transport = cast("asyncio.Transport", transport)
         transport.write(_BUSY)
         transport.close()
