@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stowray.actors import cluster
+from stowray.actors.ways import Ways
 from stowray.pipeline.crew import Commits, unpack_arguments
-from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.errors import CancelledError, from_wire
 from stowray.pipeline.progress import Event
 from stowray.pipeline.run import Outcome
 
@@ -100,7 +101,7 @@ class ActorCrew:
 
     ``origin`` is what a fetcher needs to know of the driver: settings and environment. In a
     pre-warm run ``spread`` is what it needs to know of the run, and ``ways`` gets an entry for each
-    blob that was fetched, with all that gave bytes of it.
+    task, of a fetch with all that gave bytes of the blob, also if it failed.
     """
 
     commits_in_order = True
@@ -116,7 +117,7 @@ class ActorCrew:
         store: Store,
         progress: Progress,
         spread: dict[str, Any] | None = None,
-        ways: list[dict[str, Any]] | None = None,
+        ways: Ways | None = None,
         warn: Callable[[str], None] | None = None,
     ) -> None:
         self._pools = pools
@@ -127,7 +128,7 @@ class ActorCrew:
         self._store = store
         self._progress = progress
         self._spread = spread
-        self._ways = ways if ways is not None else []
+        self._ways = ways or Ways()
         self._warn = warn
         self._reference = ""
         self._shares = {
@@ -254,28 +255,32 @@ class ActorCrew:
             for event in reply["events"]:
                 self._progress.merge(Event.from_dict(event))
             if call.step is not None:
-                self._report_end(call, call.step)
-                self._note_way(call.step, reply)
+                self._note_way(call, call.step, reply)
             if self._warn is not None:
                 for text in reply.get("warnings", ()):
                     self._warn(text)
-            outcome = reply["outcome"]
-            call.future.set_result(outcome if call.step is None else Outcome(**outcome))
+            if "error" in reply:
+                call.future.set_exception(from_wire(*reply["error"]))
+            elif call.step is None:
+                call.future.set_result(reply["outcome"])
+            else:
+                self._report_end(call, call.step)
+                call.future.set_result(Outcome(**reply["outcome"]))
         elif call.told_at and cluster.is_loss(error):
             call.future.set_exception(_cancelled(call))
         else:
             call.future.set_exception(cluster.translate(error, member.name))
         self._hand_out()
 
-    def _note_way(self, step: Step, reply: dict[str, Any]) -> None:
-        way: dict[str, Any] = {
+    def _note_way(self, call: _Call, step: Step, reply: dict[str, Any]) -> None:
+        way = reply.get("way") or {
             "kind": step.kind,
             "digest": str(step.descriptor.digest),
             "size": step.descriptor.size,
             "seconds": reply["outcome"]["seconds"],
             "ended": time.time(),
         }
-        self._ways.append(way | reply.get("way", {}))
+        self._ways.end(call.key, way)
 
     def _report_end(self, call: _Call, step: Step) -> None:
         if step.kind == "stage":

@@ -27,6 +27,7 @@ from stowray.actors.processes import Process
 from stowray.actors.session import PROTOCOL
 from stowray.actors.spread_fetchers import lease_client
 from stowray.actors.tasks import Tasks
+from stowray.actors.ways import Ways
 from stowray.actors.wire import options_from_dict, settings_from_dict
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import NodeError, StowrayError, to_wire
@@ -60,6 +61,8 @@ class NodeActor:
         self._tasks = Tasks()
         self._used = time.monotonic()
         self._runs: dict[str, Progress] = {}
+        # Of each pull of a pre-warm run, kept until the run ends.
+        self._ways: dict[str, Ways] = {}
         self._prewarm: NodeRun | None = None
         # A run's actor is begun for a driver that may be gone before it says its first word.
         self._lifeline = Lifeline(self._leave, seconds=BEGIN_SECONDS) if lazy else None
@@ -119,7 +122,9 @@ class NodeActor:
         if forwarder is not None:
             progress.watch(forwarder)
         reply: dict[str, Any]
-        ways: list[dict[str, Any]] = []
+        ways = Ways()
+        if request["spread"] is not None:
+            self._ways[run] = ways
         warnings: list[str] = []
         try:
             with self._tasks.running(run) as cancelled:
@@ -137,12 +142,13 @@ class NodeActor:
             if forwarder is not None:
                 forwarder.close()
         events = [event.to_dict() for event in progress.events()]
-        return {**reply, "events": events, "ways": ways, "warnings": warnings}
+        return {**reply, "events": events, "ways": ways.all(), "warnings": warnings}
 
     @ray.method(concurrency_group="control")
     def begin_run(self, request: dict[str, Any]) -> dict[str, Any]:
         """Open the store for a pre-warm run and serve it to the run; see :class:`NodeRun`."""
         self._end_run()
+        self._ways.clear()
         self._prewarm = NodeRun(request, self._stores)
         return self._prewarm.describe()
 
@@ -184,11 +190,20 @@ class NodeActor:
         self._end_run()
         self._pools.close()
 
+    @ray.method(concurrency_group="control")
+    def came(self, runs: list[str], seconds: float) -> dict[str, list[dict[str, Any]]]:
+        """Say how blobs came in these pulls, which were given up; they get so long to end."""
+        until = time.monotonic() + seconds
+        while self._runs.keys() & set(runs) and time.monotonic() < until:
+            time.sleep(LEAVE_POLL_SECONDS)
+        return {run: ways.all() for run in runs if (ways := self._ways.get(run)) is not None}
+
     @ray.method(concurrency_group="life")
-    def beat(self, seconds: float) -> None:
+    def beat(self, seconds: float) -> dict[str, list[dict[str, Any]]]:
         """Stay for so many seconds from now on; without a driver who says so no longer.
 
-        With 0 all is given up at once, also where no head is left to end this process.
+        With 0 all is given up at once, also where no head is left to end this process. Returns how
+        blobs have come so far, of each pull under way.
         """
         if self._lifeline is None:
             self._lifeline = Lifeline(self._leave, seconds=seconds)
@@ -196,14 +211,23 @@ class NodeActor:
             self._lifeline.hold(seconds)
         else:
             self._leave()
+        under_way = [(run, ways) for run, ways in self._ways.copy().items() if run in self._runs]
+        return {run: ways.all() for run, ways in under_way}
 
     @ray.method(concurrency_group="notes")
-    def note(self, run: str, frame: bytes) -> None:
-        """Take over a frame of a member's events; one of an ended run is dropped."""
+    def note(self, run: str, frame: bytes, way: dict[str, Any] | None = None) -> None:
+        """Take over a frame of a member's events; one of an ended run is dropped.
+
+        ``way`` is how a blob has come so far; what its task's result says of that is the last word.
+        """
         progress = self._runs.get(run)
-        if progress is not None:
-            for event in frames.unpack(frame):
-                progress.merge(event)
+        if progress is None:
+            return
+        for event in frames.unpack(frame):
+            progress.merge(event)
+        ways = self._ways.get(run)
+        if ways is not None and way is not None:
+            ways.note(way)
 
     @ray.method(concurrency_group="control")
     def cancel(self, run: str) -> bool:
@@ -239,7 +263,7 @@ class NodeActor:
         self,
         request: dict[str, Any],
         progress: Progress,
-        ways: list[dict[str, Any]],
+        ways: Ways,
         warnings: list[str],
         cancelled: Callable[[], bool],
     ) -> dict[str, Any]:

@@ -98,7 +98,7 @@ class PrewarmRun:
 
         A cancelled run, and one whose time is up, returns the report of what was reached. Raises
         what concerns the run as a whole: UsageError, NodeError (no cluster, its head is dead),
-        DeadlineError (no answer when connecting).
+        DeadlineError (no answer when connecting); ``on_change`` has got what was reached then.
         """
         return self._carry_out("prewarm", _warm, cancelled)[0]
 
@@ -124,6 +124,7 @@ class PrewarmRun:
             value = under.wait(work)
         except BaseException as error:
             under.tell_job("failed", str(error) or type(error).__name__)
+            self.on_change(under.state.report())
             raise
         report = under.state.report()
         if command == "prewarm" and report.exit_code:
@@ -241,6 +242,7 @@ class _Under:
             # With a dead head there is nobody to carry an order out: actors end themselves, now
             # that they are told, or later because nobody asks them to stay.
             if is_lost:
+                await self.cluster.hear(CANCEL_SECONDS)
                 self.cluster.leave()
                 for actor in (resolver, board):
                     cluster.forget(actor.beat.remote(0.0))

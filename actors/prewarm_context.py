@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 @dataclass(slots=True)
 class RunContext:
-    """A run as its nodes share it; ``nodes`` counts them."""
+    """A run as its nodes share it; ``nodes`` counts them, ``pulls`` what they were asked for."""
 
     run: str
     token: str
@@ -36,6 +36,12 @@ class RunContext:
     resolver: Any
     board: Any
     nodes: int = 1
+    pulls: int = 0
+
+    def next_pull(self, node: str) -> str:
+        """Return what a pull or delivery on a node is called; none is called like another one."""
+        self.pulls += 1
+        return f"{self.run}/{node}/{self.pulls}"
 
     def begin_request(self, node: str, host: str, port: int) -> dict[str, Any]:
         """Return the request of ``NodeActor.begin_run``; to serve at ``host``, port 0: any."""

@@ -25,15 +25,25 @@ DEATH_SECONDS = 10.0
 class NodeLink:
     """The way to a node; ``raylet`` is where that of the node listens, ``HOST:PORT``.
 
-    ``on_lost`` is called when the actor's process has ended and nobody had ended it.
+    ``on_lost`` is called when the actor's process has ended and nobody had ended it, ``on_news``
+    with what its answers to the question whether it lives say besides.
     """
 
-    def __init__(self, name: str, node_id: str, raylet: str, on_lost: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        name: str,
+        node_id: str,
+        raylet: str,
+        *,
+        on_lost: Callable[[], None],
+        on_news: Callable[[dict[str, Any]], None],
+    ) -> None:
         self.silence = Silence()
         self._name = name
         self._node_id = node_id
         self._raylet = raylet
         self._on_lost = on_lost
+        self._on_news = on_news
         self._actor: Any = None
         self._has_begun = False
         self._beat: asyncio.Task[None] | None = None
@@ -81,7 +91,7 @@ class NodeLink:
             return
         actor = self._actor
         try:
-            await cluster.ask(actor.beat.remote(stay), self._name)
+            news = await cluster.ask(actor.beat.remote(stay), self._name)
         except StowrayError as error:
             # No word of the node: a connection that is cut fails like that as well.
             if cluster.is_lost(error) and self._actor is actor and self._has_begun:
@@ -89,6 +99,7 @@ class NodeLink:
                 self._on_lost()
         else:
             self.silence.end()
+            self._on_news(news)
 
     async def ask(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
         """Call the actor; raises our errors only, at once when the node dies."""

@@ -8,6 +8,7 @@ when the node has looked on its disk after the work.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -57,7 +58,7 @@ class RunNode:
     ) -> None:
         self.name = name
         self.node_id = node_id
-        self.link = NodeLink(name, node_id, raylet, self._lost)
+        self.link = NodeLink(name, node_id, raylet, on_lost=self._lost, on_news=self._note_news)
         self.address = ""
         self.platform = Platform.host()
         self.nonce = ""
@@ -78,7 +79,8 @@ class RunNode:
         self._reviving = asyncio.Lock()
         self._reviving_task: asyncio.Task[None] | None = None
         self._pulls: dict[str, str] = {}
-        self._numbers = 0
+        # Pulls of which nobody has heard how they ended.
+        self._unheard: set[str] = set()
 
     # -- life -------------------------------------------------------------------------------------
 
@@ -198,7 +200,22 @@ class RunNode:
     async def end(self, seconds: float = END_SECONDS) -> None:
         """End the actor and all that it started."""
         self.is_serving = False
+        await self.hear(seconds)
         await self.link.end(seconds)
+
+    async def hear(self, seconds: float) -> None:
+        """Ask what came in pulls that were given up; they get ``seconds`` to end."""
+        unheard, self._unheard = list(self._unheard), set()
+        if not unheard or not seconds or self.is_dead:
+            return
+        with contextlib.suppress(StowrayError):
+            came = await self.link.ask("came", unheard, seconds / 2, seconds=seconds)
+            for run, ways in came.items():
+                self._context.state.note_ways(self.name, run, ways, self._ahead, is_over=True)
+
+    def _note_news(self, news: dict[str, Any]) -> None:
+        for run, ways in news.items():
+            self._context.state.note_ways(self.name, run, ways, self._ahead, is_over=False)
 
     # -- what is there ----------------------------------------------------------------------------
 
@@ -273,7 +290,8 @@ class RunNode:
             try:
                 result = await self._pull_until_here(image)
             except StowrayError as error:
-                if not self.is_dead:
+                # When the run was ended, why stands there already.
+                if not self.is_dead and state.is_open(self.name, reference):
                     state.update_cell(
                         self.name,
                         reference,
@@ -311,17 +329,18 @@ class RunNode:
     async def _pull(self, image: RunImage) -> dict[str, Any]:
         """Bring one image and return its result; raises unless it was found on disk after that."""
         context = self._context
-        self._numbers += 1
-        run = f"{context.run}/{self.name}/{self._numbers}"
+        run = context.next_pull(self.name)
         request = await context.pull_request(self.name, run, image, sync=bool(self._network))
         self._pulls[run] = image.planned.reference
+        self._unheard.add(run)
         try:
             reply = await self.link.ask("pull", request)
         finally:
             del self._pulls[run]
+        self._unheard.discard(run)
         for event in reply["events"]:
             context.progress.merge(Event.from_dict(event))
-        context.state.note_ways(self.name, reply["ways"], self._ahead)
+        context.state.note_ways(self.name, run, reply["ways"], self._ahead, is_over=True)
         if "error" in reply:
             raise from_wire(*reply["error"])
         if not reply["presence"]["present"]:
@@ -337,8 +356,7 @@ class RunNode:
             cell = state.cells[self.name, reference]
             if not runtimes or not cell.present:
                 continue
-            self._numbers += 1
-            run = f"{self._context.run}/{self.name}/{self._numbers}"
+            run = self._context.next_pull(self.name)
             request = {"run": run, "image": image.image.to_dict(), "runtimes": list(runtimes)}
             self._pulls[run] = reference
             try:

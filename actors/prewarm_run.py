@@ -350,6 +350,12 @@ class ClusterRun:
         for node in serving:
             node.declare()
 
+    async def hear(self, seconds: float) -> None:
+        """Give up all pulls, and hear what has come in them."""
+        for node in self.nodes.values():
+            node.cancel()
+        await asyncio.gather(*(node.hear(seconds) for node in self.nodes.values()))
+
     def leave(self) -> None:
         """Have all actors end themselves: the head, which would do it, is dead."""
         for node in self.nodes.values():

@@ -28,7 +28,7 @@ from stowray.pipeline.prewarm_rows import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Mapping, Sequence
 
     from stowray.pipeline.lock_file import Drift
 
@@ -56,6 +56,11 @@ class RunState:
     interrupted: bool = False
     changed: bool = True
     started: float = field(default_factory=time.time)
+    # What is said of pulls that are not over, and was of those that nothing more was heard of.
+    _under_way: dict[str, tuple[str, Sequence[Mapping[str, Any]], float]] = field(
+        default_factory=dict
+    )
+    _over: set[str] = field(default_factory=set)
 
     @property
     def seconds(self) -> float:
@@ -117,12 +122,16 @@ class RunState:
         self.cells[key] = replace(self.cells.get(key, Cell(node, reference)), **changes)
         self.changed = True
 
+    def is_open(self, node: str, reference: str) -> bool:
+        """Return whether a cell has come to nothing yet."""
+        return self.cells[node, reference].status in ("waiting", "working")
+
     def open_cells(self, node: str) -> list[Cell]:
         """Return the cells of a node that have come to nothing yet."""
         return [
             cell
             for cell in self.cells.values()
-            if cell.node == node and cell.status in ("waiting", "working")
+            if cell.node == node and self.is_open(node, cell.reference)
         ]
 
     def settle_node(self, name: str) -> None:
@@ -142,35 +151,72 @@ class RunState:
             told = None if error is None else describe(error)
             self.update_cell(name, cell.reference, status="skipped", error=told)
 
-    def note_ways(self, node: str, ways: Iterable[Mapping[str, Any]], ahead: float) -> None:
-        """Take over how blobs came to a node whose clock is ``ahead`` of ours by so much."""
+    def note_ways(
+        self,
+        node: str,
+        run: str,
+        ways: Sequence[Mapping[str, Any]],
+        ahead: float,
+        *,
+        is_over: bool,
+    ) -> None:
+        """Take over how blobs came in a pull, ``run``, to a node.
+
+        Its clock is ``ahead`` of ours by so much. What is said of a pull that is not over replaces
+        what was said before, and stays if nothing more is heard; what is said when it is, first,
+        is the last word.
+        """
+        if run in self._over:
+            return
         self.changed = True
+        if not is_over:
+            self._under_way[run] = (node, ways, ahead)
+            return
+        self._over.add(run)
+        self._under_way.pop(run, None)
         for way in ways:
-            digest = str(way["digest"])
-            span = self.spans.get((node, digest), BlobSpan(node, digest, int(way["size"])))
-            ended = self._since(way["ended"], ahead)
-            if way["kind"] == "stage":
-                seconds = span.apply_seconds + float(way["seconds"])
-                self.spans[node, digest] = replace(span, staged=ended, apply_seconds=seconds)
-                continue
-            by_source = dict(span.by_source)
-            for source, size in way["by_source"].items():
-                by_source[source] = by_source.get(source, 0) + int(size)
-            self.spans[node, digest] = replace(
-                span,
-                started=_first(span.started, self._since(way["started"], ahead)),
-                first_byte=_first(span.first_byte, self._since(way["first_byte"], ahead)),
-                completed=ended,
-                by_source=by_source,
-                fetch_seconds=span.fetch_seconds + float(way["seconds"]),
-            )
-            for remark in way["remarks"]:
-                self.remarks.append(Remark(node=node, digest=digest, **remark))
+            self._add_way(self.spans, node, way, ahead)
+            for remark in way.get("remarks", ()):
+                self.remarks.append(Remark(node=node, digest=str(way["digest"]), **remark))
+
+    def _add_way(
+        self,
+        spans: dict[tuple[str, str], BlobSpan],
+        node: str,
+        way: Mapping[str, Any],
+        ahead: float,
+    ) -> None:
+        digest = str(way["digest"])
+        span = spans.get((node, digest), BlobSpan(node, digest, int(way["size"])))
+        ended = self._since(way["ended"], ahead)
+        if way["kind"] == "stage":
+            seconds = span.apply_seconds + float(way["seconds"])
+            spans[node, digest] = replace(span, staged=ended, apply_seconds=seconds)
+            return
+        by_source = dict(span.by_source)
+        for source, size in way["by_source"].items():
+            by_source[source] = by_source.get(source, 0) + int(size)
+        spans[node, digest] = replace(
+            span,
+            started=_first(span.started, self._since(way["started"], ahead)),
+            first_byte=_first(span.first_byte, self._since(way["first_byte"], ahead)),
+            completed=_first(ended, span.completed),
+            by_source=by_source,
+            fetch_seconds=span.fetch_seconds + float(way["seconds"]),
+        )
+
+    def _spans_so_far(self) -> dict[tuple[str, str], BlobSpan]:
+        spans = dict(self.spans)
+        for node, ways, ahead in self._under_way.values():
+            for way in ways:
+                self._add_way(spans, node, way, ahead)
+        return spans
 
     def report(self) -> PrewarmReport:
         """Return the whole truth so far."""
         by_source: dict[str, int] = {}
-        for span in self.spans.values():
+        spans = self._spans_so_far()
+        for span in spans.values():
             for source, size in span.by_source.items():
                 by_source[source] = by_source.get(source, 0) + size
         origin_bytes, peer_bytes = origin_and_peer_bytes(by_source)
@@ -184,7 +230,7 @@ class RunState:
             nodes=tuple(self.nodes.values()),
             images=tuple(self.images.values()),
             cells=tuple(self.cells.values()),
-            spans=tuple(self.spans.values()),
+            spans=tuple(spans.values()),
             remarks=tuple(self.remarks),
             origin_bytes=origin_bytes,
             peer_bytes=peer_bytes,

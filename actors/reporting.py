@@ -14,7 +14,7 @@ from stowray.actors.frames import pack
 from stowray.pipeline.progress import Progress
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Callable, Iterator, Sequence
 
     from ray.actor import ActorProxy
 
@@ -58,13 +58,20 @@ class FirstByte:
 
 @contextmanager
 def task_report(
-    node: ActorProxy[NodeActor], run: str, node_name: str, reference: str
+    node: ActorProxy[NodeActor],
+    run: str,
+    node_name: str,
+    reference: str,
+    way: Callable[[], dict[str, Any]] | None = None,
 ) -> Iterator[TaskReport]:
-    """Yield what a task reports with; frames go to ``node`` meanwhile."""
+    """Yield what a task reports with; frames go to ``node`` meanwhile.
+
+    With each goes how a blob has come so far, as ``way`` returns it.
+    """
     progress = Progress(node=node_name)
 
     def send(events: Sequence[Event]) -> None:
-        node.note.remote(run, pack(events))
+        node.note.remote(run, pack(events), None if way is None else way())
 
     progress.watch(send)
     try:

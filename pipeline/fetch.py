@@ -116,11 +116,13 @@ class Fetcher:
         cancelled: Callable[[], bool] = never,
         origins: Sequence[Origin] | None = None,
         download: Download | None = None,
+        by_source: dict[str, int] | None = None,
     ) -> Fetched:
         """Bring the blob into the store and return how it came; idempotent.
 
         ``origins`` replaces those of the fetcher for this blob, and ``download`` the way in which
-        the ingest is filled and committed.
+        the ingest is filled and committed. In ``by_source`` is counted who sent how much, so that
+        it is known of a fetch that fails as well.
         """
         begun = self._clock.monotonic()
         digest = descriptor.digest
@@ -133,6 +135,7 @@ class Fetcher:
             Retries(str(digest), policy(self._settings), clock=self._clock, uniform=self._uniform),
             sources,
             list(sources),
+            by_source={} if by_source is None else by_source,
         )
         source = self._bring(work, download or self._download)
         return Fetched(

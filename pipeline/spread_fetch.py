@@ -101,17 +101,23 @@ class SpreadFetcher:
         *,
         report: Report,
         cancelled: Callable[[], bool] = never,
+        by_source: dict[str, int] | None = None,
     ) -> Fetched:
         """Bring the blob into the store and return how it came; idempotent.
 
-        The same errors as those of :meth:`Fetcher.fetch`.
+        ``by_source`` and errors are those of :meth:`Fetcher.fetch`.
         """
         if self._shares_with:
             self._await_writer(descriptor, report, cancelled)
         portions = self._portions.get(str(descriptor.digest))
         download = None if portions is None else partial(self._download, portions)
         return self._fallback.fetch(
-            reference, descriptor, report=report, cancelled=cancelled, download=download
+            reference,
+            descriptor,
+            report=report,
+            cancelled=cancelled,
+            download=download,
+            by_source=by_source,
         )
 
     def _download(self, portions: Sequence[Portion], work: Work, ingest: Ingest) -> None:

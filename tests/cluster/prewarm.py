@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 240.0
+HELD = 3 << 20
 OURS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
 
 
@@ -139,7 +140,7 @@ def ours(cluster: RayCluster, node: str, *kinds: str) -> list[int]:
     ]
 
 
-def add_held(registry: FakeRegistry, source: Origin, size: int = 3 << 20) -> tuple[str, str]:
+def add_held(registry: FakeRegistry, source: Origin, size: int = HELD) -> tuple[str, str]:
     """Add an image whose one layer the origin gives two thirds of until it is let go on.
 
     Returns its reference and its blob's path.

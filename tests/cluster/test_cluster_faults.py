@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.cluster.prewarm import Driver, add_held, add_image, arrived, is_gone, ours, states
+from tests.cluster.prewarm import HELD, Driver, add_held, add_image, arrived, is_gone, ours, states
 from tests.support.fault_rounds import Rounds
 from tests.support.interpose import locked_elsewhere
 from tests.support.invariants import check_store
@@ -53,7 +53,9 @@ def test_nothing_outlives_a_dead_head_and_the_next_run_goes_on(
         ray_cluster(workspace / "first", NAMES, system=PATIENT) as cluster,
         driving(cluster, workspace, reference) as driver,
     ):
-        until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NAMES))
+        until(lambda: all(arrived(workspace, name) >= HELD * 2 // 3 for name in NAMES))
+        blob = path.removeprefix("/blobs/")
+        given = sum(one.end - one.start for one in source.sent if one.digest == blob)
         cluster.kill_head()
         if also_driver:
             driver.send(signal.SIGKILL)
@@ -62,6 +64,9 @@ def test_nothing_outlives_a_dead_head_and_the_next_run_goes_on(
             code, report = driver.finish()
             assert (code, report["error"]["type"]) == (6, "NodeError")
             assert "head" in report["error"]["message"]
+            reached = report["report"]
+            assert (reached["origin_bytes"], reached["peer_bytes"]) == (given, 2 * given)
+            assert {cell["error"]["type"] for cell in reached["cells"]} == {"NodeError"}
         until(lambda: not any(ours(cluster, name) for name in NAMES))
         for name in NAMES:
             (raylet,) = cluster.processes(name)["raylet"]

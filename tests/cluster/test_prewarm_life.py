@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from tests.cluster.prewarm import (
+    HELD,
     Driver,
     add_held,
     add_image,
@@ -104,12 +105,20 @@ def test_a_cancelled_run_is_over_at_once_and_the_next_one_goes_on(
 ) -> None:
     reference, path = add_held(registry, source)
     driver = drive(reference)
-    until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in NODES))
+    blob = path.removeprefix("/blobs/")
+    until(lambda: all(arrived(workspace, name) >= HELD * 2 // 3 for name in NODES))
+    given = sum(one.end - one.start for one in source.sent if one.digest == blob)
     driver.cancel()
     code, report = driver.finish()
     assert code == 130
     assert report["interrupted"]
     assert statuses(report) == {node: {"failed"} for node in NODES}
+    # What came counts, though nothing came of it.
+    assert report["origin_bytes"] == given
+    assert report["peer_bytes"] == 3 * given
+    for span in report["spans"]:
+        assert (span["digest"], span["completed"]) == (blob, None)
+        assert sum(span["by_source"].values()) == given
     until(lambda: is_gone(four_nodes))
     source.hold_after(None)
     code, report = drive(reference).finish()

@@ -5,7 +5,8 @@
 The argument has ``do`` (run, plan, status, repair), ``references``, and may have ``settings``
 (options by name), ``plan`` (overrides by key), ``lock``, ``watch``, ``nodes`` (of an embedded Ray).
 Each change of the report is a line ``{"nodes": {name: state}, "present": [[node, reference]]}`` if
-``changes`` is asked for; the last line is the report, the plan's results, or ``{"error": …}``.
+``changes`` is asked for; the last line is the report, the plan's results, or ``{"error": …}`` with
+the ``report`` as far as it got.
 SIGTERM and SIGINT cancel. Exits as the command would.
 """
 
@@ -43,8 +44,14 @@ def main(text: str) -> int:
         watch=bool(wanted.get("watch")),
         embedded_nodes=int(wanted.get("nodes", 1)),
     )
-    if wanted.get("changes"):
-        run.on_change = _show
+    reached: list[dict[str, Any]] = [{}]
+
+    def note(report: Any) -> None:
+        reached[0] = report.to_dict()
+        if wanted.get("changes"):
+            _show(report)
+
+    run.on_change = note
     try:
         if wanted["do"] == "plan":
             made = run.plan(stop.is_set)
@@ -58,7 +65,7 @@ def main(text: str) -> int:
         print(json.dumps(report.to_dict() | {"events": events}), flush=True)
         return report.exit_code
     except StowrayError as error:
-        print(json.dumps({"error": describe(error)}), flush=True)
+        print(json.dumps({"error": describe(error), "report": reached[0]}), flush=True)
         return error.exit_code
     finally:
         run.close()
