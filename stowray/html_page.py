@@ -1,4 +1,4 @@
-"""The frame of our HTML pages: one file, light and dark, without scripts or network.
+"""The frame of our HTML pages: one file, light and dark, without network; reports have no script.
 
 Invariant: every text that comes from outside passes :func:`text`; a content security policy forbids
 whatever would slip through, so that a page made from a stranger's record cannot act.
@@ -48,14 +48,14 @@ def text(value: object) -> str:
     return html.escape(escape(str(value)), quote=True)
 
 
-def page(title: str, body: str, style: str = "") -> str:
-    """Return a whole document; ``body`` and ``style`` are markup of ours, ``title`` is text."""
+def page(title: str, body: str, style: str = "", *, policy: str = POLICY, head: str = "") -> str:
+    """Return a whole document; all but ``title``, which is text, are markup of ours."""
     return (
         "<!doctype html>\n"
         '<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(title)}</title><style>{STYLE}{style}</style></head>\n"
+        f"<title>{text(title)}</title><style>{STYLE}{style}</style>{head}</head>\n"
         f"<body><main>{body}</main></body></html>\n"
     )
 

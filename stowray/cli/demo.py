@@ -37,7 +37,7 @@ def demo_command(context: Context) -> int:
 
 
 def _prewarm(context: Context, folder: Path) -> int:
-    from stowray.cli.prewarm import Running
+    from stowray.cli.running import Running
     from stowray.demo_image import serve_demo_image
     from stowray.job import make_run
     from stowray.pipeline.prewarm_plan_file import load_plan

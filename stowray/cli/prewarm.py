@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
 import sys
-import threading
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Self
+from typing import TYPE_CHECKING, Any, Final
 
 import click
 
 from stowray.cli.context import command
+from stowray.cli.running import Running
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
-    from types import FrameType
 
     from stowray.cli.context import Context
-    from stowray.job import Run
     from stowray.pipeline.prewarm_plan import PrewarmPlan
     from stowray.pipeline.prewarm_report import PrewarmReport
-    from stowray.pipeline.progress import Progress
 
 REPORT_KINDS: Final = (".html", ".json")
 _FILE = click.option(
@@ -119,6 +114,11 @@ RUN_OPTIONS: Final = _several((_LOCK, *_SELECTION, *_LIMITS))
     metavar="DIR",
     help="Write what each node got to DIR/<node>.json.",
 )
+@click.option(
+    "--ui",
+    metavar="HOST:PORT",
+    help="Show the run live in a browser; HOST left out: this machine only, PORT 0: a free one.",
+)
 @_several(_SELECTION)
 @_several(_LIMITS)
 def prewarm_command(
@@ -129,6 +129,7 @@ def prewarm_command(
     lock: Path | None,
     reports: tuple[Path, ...],
     receipts: Path | None,
+    ui: str | None,
     **options: Any,
 ) -> int:
     """Fetch, verify and unpack images on every selected node, downloading each byte once.
@@ -139,7 +140,7 @@ def prewarm_command(
     """
     plan = _plan(context, references, file, options)
     outputs = Outputs(reports, receipts)
-    with Running(context) as running:
+    with Running(context, ui=ui) as running:
         run = running.make(plan, file, lock, watch=watch)
         report = run.run(running.cancelled)
     return tell(context, report, outputs)
@@ -195,71 +196,6 @@ def plan_file(
     if not codes:
         return 0
     return codes.pop() if len(codes) == 1 and not cluster.accepted else 1
-
-
-class Running:
-    """A run with a display, for the time of one command.
-
-    Ctrl-C (or SIGTERM) once cancels it and waits for its report, twice leaves at once.
-    """
-
-    def __init__(self, context: Context) -> None:
-        from stowray.pipeline.progress import Progress
-        from stowray.prewarm_view import Display
-
-        self._context = context
-        self._interrupted = threading.Event()
-        self._handlers: dict[int, Any] = {}
-        self.progress: Progress = Progress()
-        mode = "none" if context.value("quiet") else context.value("progress", "auto")
-        self._display = Display(self.progress, mode, sys.stderr)
-        self._run: Run | None = None
-
-    def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._interrupt)
-        return self
-
-    def __exit__(self, *details: object) -> None:
-        try:
-            if self._run is not None:
-                self._run.close()
-        finally:
-            self.progress.close()
-            self._display.close()
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
-
-    def make(self, plan: PrewarmPlan, file: Path | None, lock: Path | None, *, watch: bool) -> Run:
-        """Return the run of ``plan``; it is closed when this is left."""
-        from stowray.job import make_run
-
-        return self.take(
-            make_run(
-                plan,
-                self._context.settings,
-                progress=self.progress,
-                lock=lock or plan.lock_path(file),
-                watch=watch,
-            )
-        )
-
-    def take(self, run: Run) -> Run:
-        """Show ``run``, which reports to :attr:`progress`, and close it when this is left."""
-        self._run = run
-        run.on_change = self._display.report
-        return run
-
-    def cancelled(self) -> bool:
-        """Return whether the user has interrupted the command."""
-        return self._interrupted.is_set()
-
-    def _interrupt(self, _signal: int, _frame: FrameType | None) -> None:
-        if self._interrupted.is_set():
-            # Asked twice: leave now. The actors end with their driver; stores are resumable.
-            os._exit(130)
-        self._interrupted.set()
-        os.write(2, b"stowray: stopping; what was fetched is kept (again to leave at once)\n")
 
 
 class Outputs:
