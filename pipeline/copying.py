@@ -18,7 +18,7 @@ from stowray.pipeline.errors import (
     StowrayError,
     UnavailableError,
 )
-from stowray.pipeline.lanes import Lanes, open_first_part, open_lanes
+from stowray.pipeline.lane_choice import open_first_part, open_lanes
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.host_records import HostRecords
     from stowray.pipeline.ingest import Ingest
+    from stowray.pipeline.lanes import Lanes
     from stowray.pipeline.origin import BlobStream, Origin, Place
     from stowray.pipeline.progress import Report
     from stowray.pipeline.retry import Retries
@@ -169,15 +170,15 @@ class Copier:
         read_into = reader(stream)
         if stream.offset > ingest.offset:
             raise UnavailableError(stream.source, 0, "RANGE", "answered a later part of the blob")
-        caught_up = False
+        # One that begins before what was asked for would do so again.
+        honours_ranges = stream.offset == ingest.offset
         while copying.position < (size if lanes is None else lanes.end):
             if work.cancelled():
                 raise CancelledError(str(work.descriptor.digest))
             ahead = ingest.offset - copying.position
-            if caught_up and ahead >= SMALLEST_GAP:
+            if honours_ranges and ahead >= SMALLEST_GAP:
                 # An earlier answer left bytes further on: from behind them with another request.
                 return
-            caught_up = caught_up or ahead <= 0
             count = read_into(buffer[: min(BUFFER_SIZE, copying.end - copying.position)])
             if count == 0:
                 return

@@ -36,6 +36,11 @@ class HostRecord:
     bytes_per_second: int
     learned: float
 
+    @property
+    def serves_no_parts(self) -> bool:
+        """Tell whether ranges are what the host does not honour."""
+        return self.connections == 1 and self.bytes_per_second == 0
+
 
 class HostRecords:
     """Records by host name in one file; thread-safe, read when the first is asked for."""

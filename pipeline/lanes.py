@@ -10,9 +10,8 @@ error that was not the network's is the one that is raised.
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING, Final, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Final, Self
 
-from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.errors import (
     CancelledError,
     NodeError,
@@ -21,126 +20,27 @@ from stowray.pipeline.errors import (
     UnauthorizedError,
     UnavailableError,
 )
-from stowray.pipeline.range_plan import Climb, Parts, part_size
+from stowray.pipeline.range_plan import Parts
 from stowray.pipeline.retry import uniform, wait
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stowray.pipeline.blob_stream import RegistryBlob
+    from stowray.pipeline.clock import Clock
     from stowray.pipeline.descriptor import Descriptor
-    from stowray.pipeline.host_records import HostRecord, HostRecords
+    from stowray.pipeline.host_records import HostRecords
     from stowray.pipeline.ingest import Ingest
-    from stowray.pipeline.settings import RegistrySettings
+    from stowray.pipeline.lane_choice import Ranged
+    from stowray.pipeline.range_plan import Climb
     from stowray.pipeline.source import Source
 
 BUFFER_SIZE: Final = 256 * 1024
-LOOK_SECONDS: Final = 0.1
+LOOK_SECONDS: Final = 0.05
 # A lane that fails so often in a row is one connection too many.
 LANE_FAILURES: Final = 3
 PAUSE_SECONDS: Final = 0.5
 REFUSALS: Final = 2
-
-
-@runtime_checkable
-class Ranged(Protocol):
-    """A place whose blobs can be fetched in parts."""
-
-    @property
-    def host(self) -> str:
-        """Under which name what is learned of it is remembered."""
-
-    def open_range(
-        self,
-        reference: Source,
-        descriptor: Descriptor,
-        start: int,
-        end: int,
-        cancelled: Callable[[], bool],
-    ) -> RegistryBlob | None:
-        """Return the bytes from ``start`` on, not beyond ``end``; None when others came."""
-
-    def spare_connections(self, stream: RegistryBlob) -> int:
-        """Return how many more parts could be fetched now from where ``stream`` comes from."""
-
-
-def open_first_part(
-    place: object,
-    ingest: Ingest,
-    settings: RegistrySettings,
-    records: HostRecords,
-    fetch_range: tuple[Source, Descriptor],
-    cancelled: Callable[[], bool],
-) -> tuple[RegistryBlob, int] | None:
-    """Return a stream of the next part and where it ends, if the host is known to serve parts.
-
-    Else None: one stream of all that is left is what every server understands.
-    """
-    known = _known(place, ingest, settings, records)
-    if known is None or not isinstance(place, Ranged):
-        return None
-    count = min(known.connections, settings.range_connections, settings.connections)
-    if count < 2:
-        return None
-    left = ingest.size - ingest.offset
-    end = ingest.offset + part_size(known.bytes_per_second, left, count)
-    if end >= ingest.size:
-        return None
-    try:
-        stream = place.open_range(*fetch_range, ingest.offset, end, cancelled)
-    except (NotFoundError, RegistryError) as error:
-        if error.retryable:
-            raise
-        # It may be elsewhere (foreign URLs), or ranges may be what is refused.
-        return None
-    if stream is None:
-        records.learn(place.host, 1, 0)
-        return None
-    return stream, end
-
-
-def open_lanes(
-    place: object,
-    stream: object,
-    ingest: Ingest,
-    settings: RegistrySettings,
-    records: HostRecords,
-    fetch_range: tuple[Source, Descriptor],
-    cancelled: Callable[[], bool],
-    tell: Callable[[int], None],
-    clock: Clock = SYSTEM_CLOCK,
-    *,
-    end: int,
-) -> Lanes | None:
-    """Return lanes for what ``stream`` begins, None when one connection is all there is to be.
-
-    ``end`` is where ``stream`` ends: before the blob does, if it is a part itself.
-    """
-    from stowray.pipeline.blob_stream import RegistryBlob
-
-    if not isinstance(place, Ranged) or not isinstance(stream, RegistryBlob):
-        return None
-    known = _known(place, ingest, settings, records)
-    is_part = end < ingest.size
-    if not is_part:
-        left = ingest.size - ingest.offset
-        if settings.range_connections < 2 or left < settings.range_minimum_bytes:
-            return None
-        if known is not None and known.connections < 2:
-            return None
-    climb = Climb(settings.range_connections, clock.monotonic(), known)
-    return Lanes(
-        place, stream, ingest, climb, records, fetch_range, cancelled, tell, clock, end=end
-    )
-
-
-def _known(
-    place: object, ingest: Ingest, settings: RegistrySettings, records: HostRecords
-) -> HostRecord | None:
-    left = ingest.size - ingest.offset
-    if settings.range_connections < 2 or left < settings.range_minimum_bytes:
-        return None
-    return records.find(place.host) if isinstance(place, Ranged) else None
 
 
 class Lanes:
@@ -259,14 +159,16 @@ class Lanes:
         left = self._ingest.size - position
         if self._parts is None:
             # The first stream reads on while the others begin: they start where it will be soon.
-            first = position + part_size(self._climb.rate, left, self._climb.wanted)
+            first = position + self._climb.part_size(left)
             if first >= self._ingest.size:
                 return
             self._first_part = first
             self._parts = Parts(first, self._ingest.size)
         if self._parts.is_empty:
             return
-        count = min(self._climb.wanted - self._active, self._spare())
+        # One that proves that the host honours ranges, before many are refused.
+        most = self._climb.wanted if self._proven else 2
+        count = min(most - self._active, self._spare())
         for _ in range(count):
             self._active += 1
             thread = threading.Thread(target=self._run, name="lane", daemon=True)
@@ -344,13 +246,11 @@ class Lanes:
                     self._tend()
                 elif self._active > self._climb.wanted or self._spare() < 1:
                     return None
-                left = self._ingest.size - self._ingest.offset
-                size = part_size(self._climb.rate, left, self._climb.wanted)
-                window = 2 * size * max(2, self._climb.wanted)
+                size = self._climb.part_size(self._parts.left)
                 if is_first and self._climb.is_over and self._climb.wanted == 1:
                     # Others bring nothing: each further request would only cost its way there.
                     size = self._ingest.size
-                part = self._parts.take(size, self._ingest.offset, window)
+                part = self._parts.take(size, self._ingest.offset, self._climb.reach)
                 if part is not None:
                     # An earlier run may have left bytes there.
                     gap = self._ingest.gap(*part)
@@ -403,7 +303,9 @@ class Lanes:
     def _prove(self) -> None:
         with self._changed:
             self._refusals = 0
-            self._proven = True
+            if not self._proven:
+                self._proven = True
+                self._look_at = self._begun
             self.end = self._first_part
 
     def _refused(self) -> None:

@@ -2,13 +2,14 @@
 
 Invariant: nothing here waits or reads, and the time comes in from outside. The parts that are
 handed out are disjoint and in order, so that the contiguous prefix, which the unpacking follows,
-grows with all connections together and little is lost when a pull is killed. A further connection
-is kept only if all of them together have become faster by it.
+grows with all connections together and little is lost when a pull is killed. Further connections
+are kept only as far as all of them together have become faster by them.
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
+from math import ceil
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.values import dataclass
@@ -19,15 +20,28 @@ if TYPE_CHECKING:
 SMALLEST_PART: Final = 1 << 20
 LARGEST_PART: Final = 16 << 20
 PART_SECONDS: Final = 1.0
+# While several connections are on trial: what one of them holds up shall not be much.
+TRIAL_SECONDS: Final = 0.5
+# How many parts of each connection the last one may be ahead of the first byte that lacks.
+PARTS_AHEAD: Final = 2
 
+# Rates are told by two samples that agree, else by a longer window.
+SAMPLE_SECONDS: Final = 0.1
+SAMPLES_AGREE: Final = 1.33
 SETTLE_SECONDS: Final = 0.5
 WINDOW_SECONDS: Final = 1.0
-# Twice the connections have to bring this much more, or they only get in each other's way.
+# The same of all together, from when the last of them was opened; here time costs nothing.
+TRIAL_SETTLE_SECONDS: Final = 0.3
+TRIAL_SAMPLE_SECONDS: Final = 0.25
+TRIAL_SAMPLES_AGREE: Final = 1.2
+# All together have to bring this much more than one, or they only get in each other's way.
 LEAST_GAIN: Final = 1.25
+# If each brings this much of what one alone did, none is given up.
+FULL_SHARE: Final = 0.7
 # With less than this part of the time spent on waiting it is not the network that is slow.
 LEAST_WAITING: Final = 0.5
 # Finding out must pay: so many seconds have to be left at the present rate.
-LEAST_SECONDS: Final = 2 * (SETTLE_SECONDS + WINDOW_SECONDS)
+LEAST_SECONDS: Final = 2.0
 
 
 class Parts:
@@ -42,6 +56,11 @@ class Parts:
     def is_empty(self) -> bool:
         """Tell whether everything was handed out."""
         return self._next >= self._end and not self._returned
+
+    @property
+    def left(self) -> int:
+        """Return how many bytes nobody has."""
+        return max(0, self._end - self._next) + sum(end - start for start, end in self._returned)
 
     def take(self, size: int, prefix: int, window: int) -> tuple[int, int] | None:
         """Return ``(start, end)`` of the first part that nobody has; None for none in the window.
@@ -64,9 +83,9 @@ class Parts:
             heappush(self._returned, (start, end))
 
 
-def part_size(bytes_per_second: float, left: int, count: int) -> int:
+def part_size(bytes_per_second: float, left: int, count: int, seconds: float = PART_SECONDS) -> int:
     """Return how large a part should be: about a second long, and none late at the end."""
-    wanted = int(bytes_per_second * PART_SECONDS)
+    wanted = int(bytes_per_second * seconds)
     share = left // max(1, count)
     return max(SMALLEST_PART, min(wanted, share, LARGEST_PART))
 
@@ -80,9 +99,12 @@ class Finding:
 
 
 class Climb:
-    """Doubles the connections as long as that helps; not thread-safe.
+    """Puts all allowed connections on trial and keeps those that pay; not thread-safe.
 
-    ``wanted`` is how many there should be now. What was found out earlier is used at once.
+    ``wanted`` is how many there should be now. One connection is measured for as long as it takes
+    to know its rate (a fifth of a second where that is steady, as behind a limit; a second and more
+    while it still grows), then all at once, and what they bring tells how many are worth keeping.
+    What was found out earlier is used at once.
     """
 
     def __init__(self, limit: int, now: float, known: HostRecord | None = None) -> None:
@@ -90,21 +112,30 @@ class Climb:
         self.rate = 0.0  # of one connection
         self.finding: Finding | None = None
         self._limit = limit
-        self._best = 1
-        self._best_rate = 0.0
         self._done = limit <= 1
-        self._from = now + SETTLE_SECONDS
-        self._received = 0
-        self._since = now
+        self._alone = _Meter(now, now + SETTLE_SECONDS, SAMPLE_SECONDS, SAMPLES_AGREE)
+        self._all: _Meter | None = None
+        self._most = 1
         if known is not None:
             self._done = True
-            self.wanted = self._best = min(known.connections, limit)
+            self.wanted = min(known.connections, limit)
             self.rate = float(known.bytes_per_second)
 
     @property
     def is_over(self) -> bool:
         """Tell whether ``wanted`` will stay as it is."""
         return self._done
+
+    @property
+    def reach(self) -> int:
+        """Return how far beyond the contiguous bytes a part may begin."""
+        largest = part_size(self.rate, LARGEST_PART, 1)
+        return PARTS_AHEAD * largest * max(2, self.wanted)
+
+    def part_size(self, left: int) -> int:
+        """Return how large the next part should be when ``left`` bytes are nobody's."""
+        seconds = PART_SECONDS if self._done else TRIAL_SECONDS
+        return part_size(self.rate, left, self.wanted, seconds)
 
     def look(self, now: float, received: int, active: int, left: int, waiting: float) -> None:
         """Judge what the connections bring and set ``wanted``; call it every now and then.
@@ -114,41 +145,91 @@ class Climb:
         """
         if self._done:
             return
-        if now < self._from:
-            self._received, self._since = received, now
-            return
-        seconds = now - self._since
-        if seconds < WINDOW_SECONDS:
-            return
-        rate = (received - self._received) / seconds
-        if active < self.wanted:
-            # The host or the limits of our own gave no more: that says nothing of what pays.
-            self._end()
-        elif self.wanted == 1:
-            if waiting < LEAST_WAITING or left < rate * LEAST_SECONDS:
-                self._done = True
-                return
-            self._best_rate = rate
-            self._climb(now)
-        elif rate < self._best_rate * LEAST_GAIN:
-            self._end(learn=True)
+        if self._all is None:
+            self._look_at_one(now, received, left, waiting)
         else:
-            self._best, self._best_rate = self.wanted, rate
-            if self.wanted == self._limit:
-                self._end(learn=True)
-            elif left < rate * LEAST_SECONDS:
-                self._end()
-            else:
-                self._climb(now)
+            self._look_at_all(now, received, active)
 
-    def _climb(self, now: float) -> None:
-        self.rate = self._best_rate / self._best
-        self.wanted = min(2 * self.wanted, self._limit)
-        self._from = now + SETTLE_SECONDS
+    def _look_at_one(self, now: float, received: int, left: int, waiting: float) -> None:
+        meter = self._alone
+        if not meter.tell(now, received):
+            return
+        if left < meter.rate * LEAST_SECONDS:
+            self._done = True
+        elif waiting < LEAST_WAITING:
+            # Only the longer look is believed when it says that nothing is to be found out.
+            self._done = meter.is_long
+        else:
+            self.rate = meter.rate
+            self.wanted = self._limit
+            self._restart(now)
 
-    def _end(self, *, learn: bool = False) -> None:
+    def _restart(self, now: float) -> None:
+        begin = now + TRIAL_SETTLE_SECONDS
+        self._all = _Meter(begin, now + WINDOW_SECONDS, TRIAL_SAMPLE_SECONDS, TRIAL_SAMPLES_AGREE)
+
+    def _look_at_all(self, now: float, received: int, active: int) -> None:
+        if active > self._most:
+            self._most = active
+            self._restart(now)
+        meter = self._all
+        if meter is None or not meter.tell(now, received):
+            return
         self._done = True
-        self.wanted = self._best
-        self.rate = self._best_rate / self._best
-        if learn or self._best > 1:
-            self.finding = Finding(self._best, int(self.rate))
+        if active < 2:
+            # The host or the limits of our own gave no more: that says nothing of what pays.
+            self.wanted = 1
+            return
+        gain = meter.rate / self._alone.rate
+        if gain >= FULL_SHARE * active:
+            best = active
+        elif gain < LEAST_GAIN:
+            best = 1
+        else:
+            best = min(active, ceil(LEAST_GAIN * gain))
+        self.rate = meter.rate / best if best > 1 else self._alone.rate
+        if active == self.wanted or best < active:
+            self.finding = Finding(best, int(self.rate))
+        self.wanted = best
+
+
+class _Meter:
+    """The rate at which bytes come: quickly where it is steady, else over a longer window.
+
+    Samples are taken from ``begin`` on, the window begins at ``window_begin``.
+    """
+
+    def __init__(self, begin: float, window_begin: float, sample: float, agree: float) -> None:
+        self.rate = 0.0
+        self.is_long = False
+        self._begin = begin
+        self._window_begin = window_begin
+        self._sample = sample
+        self._agree = agree
+        self._window: tuple[float, int] | None = None
+        self._last: tuple[float, int] | None = None
+        self._rates: list[float] = []
+
+    def tell(self, now: float, received: int) -> bool:
+        """Take note of the bytes so far; return whether ``rate`` is known now."""
+        if now < self._begin:
+            return False
+        if self._last is None:
+            # Not from the beginning: what had come before the first look came in no time.
+            self._last = now, received
+        if self._window is None and now >= self._window_begin:
+            self._window = now, received
+        if self._window is not None and now - self._window[0] >= WINDOW_SECONDS:
+            self.rate = (received - self._window[1]) / (now - self._window[0])
+            self.is_long = True
+            return self.rate > 0
+        seconds = now - self._last[0]
+        if seconds < self._sample:
+            return False
+        self._rates = [*self._rates[-1:], (received - self._last[1]) / seconds]
+        self._last = now, received
+        if len(self._rates) < 2:
+            return False
+        low, high = sorted(self._rates)
+        self.rate = (low + high) / 2
+        return 0 < high <= self._agree * low

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from stowray.pipeline.copying import BUFFER_SIZE, reader
 from stowray.pipeline.errors import CancelledError, ContentError, UnavailableError
 from stowray.pipeline.fetch import SOURCE_ERRORS, blame
-from stowray.pipeline.lanes import Ranged
+from stowray.pipeline.lane_choice import Ranged
 from stowray.pipeline.source_actions import ORIGIN
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass

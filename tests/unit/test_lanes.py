@@ -52,6 +52,7 @@ class Bench:
     def measure_quickly(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Let the first of several connections prove its worth in less than a second."""
         monkeypatch.setattr(range_plan, "SETTLE_SECONDS", 0.1)
+        monkeypatch.setattr(range_plan, "TRIAL_SETTLE_SECONDS", 0.1)
         monkeypatch.setattr(range_plan, "WINDOW_SECONDS", 0.2)
         monkeypatch.setattr(range_plan, "LEAST_SECONDS", 0.2)
 
@@ -266,6 +267,34 @@ def test_ranges_that_end_in_mid_blob(bench: Bench) -> None:
     assert bench.holds
 
 
+@pytest.mark.parametrize("connections", [0, 1, 4])
+@pytest.mark.parametrize("minimum", [MIB, 2 * SIZE], ids=["large", "small"])
+def test_what_lanes_of_a_run_that_died_have_brought_does_not_come_again(
+    bench: Bench, connections: int, minimum: int
+) -> None:
+    """Each lane leaves some bytes: they are passed over whatever is known of the host by then."""
+    here = [(0, 700_000), (MIB, MIB + 5000), (3 * MIB, 3 * MIB + 900_000), (6 * MIB, 8 * MIB)]
+    with bench.store.acquire(BLOB.digest, SIZE) as ingest:  # type: ignore[union-attr]
+        for start, end in here:
+            ingest.write_at(start, DATA[start:end])
+    if connections:
+        bench.know(connections)
+    fetched = bench.fetch(range_minimum_bytes=minimum)
+    assert bench.holds
+    assert fetched.fetched_bytes == SIZE - sum(end - start for start, end in here)
+
+
+def test_a_host_without_ranges_sends_what_is_here_again(bench: Bench) -> None:
+    with bench.store.acquire(BLOB.digest, SIZE) as ingest:  # type: ignore[union-attr]
+        ingest.write_at(0, DATA[:MIB])
+        ingest.write_at(3 * MIB, DATA[3 * MIB : 4 * MIB])
+    bench.fake.fault("/blobs/", Fault(ignore_range=True), repeat=True)
+    assert bench.fetch().fetched_bytes == SIZE
+    assert bench.holds
+    # Once was enough to learn it.
+    assert bench.fake.count("/blobs/") == 2
+
+
 def test_the_registry_dies_in_mid_blob(bench: Bench) -> None:
     bench.know()
     bench.fake.fault("/blobs/", Fault(cut="reset", after=4 * MIB, trickle=SLOW.trickle))
@@ -382,7 +411,7 @@ def test_where_several_connections_bring_nothing_the_rest_comes_in_one_piece(
         for chance in range(CHANCES):
             bench.fake.requests.clear()
             with bench.anew(str(chance)) as fresh:
-                fetched = fresh.fetch(host=line.host)
+                fetched = fresh.fetch(host=line.host, range_connections=4)
                 assert fresh.holds
                 assert fetched.retries == 0
                 known = fresh.records.find(line.host)

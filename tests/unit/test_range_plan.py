@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -36,6 +38,7 @@ def test_parts_are_a_partition_whatever_breaks(
         stop = min(end, first + next(breaks, 1000))
         got += range(first, stop)
         parts.give_back(stop, end)
+        assert parts.left == length - len(got)
     assert parts.is_empty
     assert sorted(got) == list(range(start, start + length))
 
@@ -62,6 +65,7 @@ def test_parts_last_about_a_second_and_get_smaller_at_the_end() -> None:
     assert part_size(1e9, 1000 * MIB, 4) == LARGEST_PART
     assert part_size(10 * MIB, 8 * MIB, 4) == 2 * MIB
     assert part_size(10 * MIB, 10, 4) == SMALLEST_PART
+    assert part_size(10 * MIB, 1000 * MIB, 4, 0.5) == 5 * MIB
 
 
 class Line:
@@ -80,38 +84,101 @@ class Line:
         while self.now < end:
             active = min(self.climb.wanted, most)
             self.most = max(self.most, active)
-            self.now += 0.1
-            self.received += 0.1 * self.rate_of[active] * MIB
+            # A binary fraction, so that no rounding moves what is sampled.
+            self.now += 1 / 16
+            self.received += self.rate_of[active] * MIB / 16
             left = int(self.size - self.received)
             self.climb.look(self.now, int(self.received), active, left, waiting)
 
 
-def test_connections_are_added_as_long_as_each_brings_its_share() -> None:
-    line = Line(Climb(4, 0.0), {1: 20, 2: 40, 4: 80})
-    line.run(1.2)
+def test_a_steady_rate_is_known_in_a_quarter_of_a_second_and_all_connections_that_pay_stay() -> (
+    None
+):
+    line = Line(Climb(8, 0.0), {count: 20 * count for count in (1, 8)})
+    line.run(0.15)
     assert line.climb.wanted == 1
-    line.run(10)
-    assert (line.climb.wanted, line.climb.is_over) == (4, True)
+    line.run(0.2)
+    assert (line.climb.wanted, line.climb.is_over) == (8, False)
+    line.run(1)
+    assert (line.climb.wanted, line.climb.is_over) == (8, True)
     assert line.climb.finding is not None
-    assert line.climb.finding.connections == 4
+    assert line.climb.finding.connections == 8
     assert line.climb.finding.bytes_per_second == pytest.approx(20 * MIB, rel=0.05)
 
 
+def test_a_rate_that_still_grows_is_not_taken_for_that_of_the_line() -> None:
+    """As a connection begins: its rate doubles with each round trip until the line is full."""
+    climb = Climb(8, 0.0)
+    line = Line(climb, {1: 0.5, 8: 40})
+    while line.rate_of[1] < 40:
+        line.run(0.1)
+        assert climb.wanted == 1
+        line.rate_of[1] = min(40, 2 * line.rate_of[1])
+    line.run(5)
+    assert (climb.wanted, line.most) == (1, 8)
+    assert climb.finding is not None
+    assert climb.finding.connections == 1
+    assert climb.finding.bytes_per_second == pytest.approx(40 * MIB, rel=0.1)
+
+
+def test_an_unsteady_rate_is_measured_over_a_second() -> None:
+    climb = Climb(4, 0.0)
+    line = Line(climb, {4: 200})
+    rates = itertools.cycle([10, 40])
+    line.rate_of[1] = 10
+    # The first look is where the first sample begins.
+    line.run(1 / 16)
+    while line.now < 1.3:
+        line.rate_of[1] = next(rates)
+        line.run(1 / 8)
+        assert climb.wanted == 1
+    while climb.wanted == 1:
+        line.rate_of[1] = next(rates)
+        line.run(1 / 8)
+        assert line.now < 2
+    line.run(5)
+    assert climb.wanted == 4
+
+
+def test_connections_that_begin_slowly_are_waited_for() -> None:
+    climb = Climb(8, 0.0)
+    line = Line(climb, {1: 20, 8: 20})
+    line.run(0.4)
+    assert climb.wanted == 8
+    while line.rate_of[8] < 160:
+        line.run(0.2)
+        line.rate_of[8] *= 1.5
+    line.rate_of[8] = 160
+    line.run(5)
+    assert (climb.wanted, climb.is_over) == (8, True)
+
+
+def test_connections_that_come_one_by_one_are_judged_when_all_are_there() -> None:
+    climb = Climb(8, 0.0)
+    line = Line(climb, {count: 20 * count for count in range(1, 9)})
+    for count in range(1, 9):
+        line.run(0.25, most=count)
+    line.run(2)
+    assert (climb.wanted, climb.is_over) == (8, True)
+
+
 def test_a_line_that_is_full_goes_back_to_one() -> None:
-    line = Line(Climb(4, 0.0), {1: 20, 2: 21, 4: 21})
+    line = Line(Climb(8, 0.0), {1: 20, 8: 21})
     line.run(10)
-    assert (line.climb.wanted, line.most) == (1, 2)
+    assert (line.climb.wanted, line.most) == (1, 8)
     assert line.climb.finding == Finding(1, line.climb.finding.bytes_per_second)  # type: ignore[union-attr]
+    # Not 0, which would say that the host sends no parts.
+    assert line.climb.finding.bytes_per_second == pytest.approx(20 * MIB, rel=0.1)  # type: ignore[union-attr]
 
 
-def test_the_last_doubling_that_did_not_help_is_taken_back() -> None:
-    line = Line(Climb(8, 0.0), {1: 20, 2: 40, 4: 44})
+def test_no_more_stay_than_bring_something() -> None:
+    line = Line(Climb(8, 0.0), {1: 20, 3: 44, 8: 44})
     line.run(10)
-    assert (line.climb.wanted, line.most) == (2, 4)
+    assert (line.climb.wanted, line.most) == (3, 8)
 
 
 def test_a_limit_that_is_no_power_of_two() -> None:
-    line = Line(Climb(3, 0.0), {1: 20, 2: 40, 3: 60})
+    line = Line(Climb(3, 0.0), {1: 20, 3: 60})
     line.run(10)
     assert line.climb.wanted == 3
 
@@ -119,12 +186,20 @@ def test_a_limit_that_is_no_power_of_two() -> None:
 def test_nothing_is_tried_when_it_is_not_the_network_that_is_slow() -> None:
     line = Line(Climb(4, 0.0), {1: 20})
     line.run(10, waiting=0.3)
-    assert (line.climb.wanted, line.climb.finding) == (1, None)
+    assert (line.climb.wanted, line.climb.is_over, line.climb.finding) == (1, True, None)
+
+
+def test_a_first_moment_in_which_others_were_slow_does_not_decide() -> None:
+    line = Line(Climb(4, 0.0), {1: 20, 4: 80})
+    line.run(0.6, waiting=0.3)
+    assert (line.climb.wanted, line.climb.is_over) == (1, False)
+    line.run(5)
+    assert line.climb.wanted == 4
 
 
 def test_nothing_is_tried_for_the_last_seconds() -> None:
-    line = Line(Climb(4, 0.0), {1: 20}, size=20 * 4 * MIB)
-    line.run(4)
+    line = Line(Climb(4, 0.0), {1: 20}, size=20 * 2 * MIB)
+    line.run(1.5)
     assert (line.climb.wanted, line.climb.finding) == (1, None)
 
 
@@ -132,6 +207,13 @@ def test_a_host_that_gives_no_second_connection_proves_nothing() -> None:
     line = Line(Climb(4, 0.0), {1: 20})
     line.run(10, most=1)
     assert (line.climb.wanted, line.climb.finding) == (1, None)
+
+
+def test_connections_that_could_not_be_had_are_not_said_to_bring_nothing() -> None:
+    """Two of eight, because others hold the rest: both pay, and of eight nothing is known."""
+    line = Line(Climb(8, 0.0), {1: 20, 2: 40})
+    line.run(10, most=2)
+    assert (line.climb.wanted, line.climb.finding) == (2, None)
 
 
 def test_what_was_learned_is_used_at_once() -> None:
