@@ -103,7 +103,7 @@ class LivePage:
 
     def html(self) -> str:
         """Return the whole document as it is now."""
-        names = ("about", "verdict", "bar", "figures", "heard", "matrix", "trouble", "time")
+        names = ("title", "about", "verdict", "bar", "figures", "heard", "matrix", "trouble", "time")
         parts = {name: self.parts.get(name) for name in (*names, "final")}
         rows = [
             self.parts.get(f"row-{slot}").replace("<tr>", f'<tr data-row="{slot}">', 1)

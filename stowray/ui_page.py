@@ -180,4 +180,4 @@ def live_page(parts: dict[str, str], rows: Sequence[str], version: int, *, over:
         '<p id="link">As it was when this page was loaded; with scripts it would be live.</p>'
         f"{live}{box('final')}"
     )
-    return page("Pre-warm", body, STYLE + _STYLE, policy=POLICY, head=_HEAD)
+    return page(parts.get("title") or "Pre-warm", body, STYLE + _STYLE, policy=POLICY, head=_HEAD)

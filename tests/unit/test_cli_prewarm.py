@@ -74,7 +74,7 @@ def test_options_win_over_the_file_and_leave_the_rest() -> None:
 
 
 def test_a_dry_run_takes_the_options_of_the_run() -> None:
-    own = {"-h", "--help", "--watch", "--report", "--receipts"}
+    own = {"-h", "--help", "--watch", "--report", "--receipts", "--ui", "--metrics"}
     wanted = {option for entry in prewarm_command.params for option in entry.opts} - own
     assert wanted <= {option for entry in plan_command.params for option in entry.opts} | {
         "references"

@@ -313,6 +313,7 @@ def test_a_page_begins_where_its_document_ends(ui: LiveUi) -> None:
     ui.see(events)
     _, _, body = get(ui.url)
     assert body.count("<tr data-row=") == 20
+    assert "<title>25% · Pre-warm</title>" in body
     found = re.search(r'data-version="(\d+)"', body)
     assert found
     with watching(ui, since=int(found[1])) as browser:
