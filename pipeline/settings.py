@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+import stat
 from dataclasses import field, fields
 from pathlib import Path
 from typing import Any
@@ -165,7 +166,8 @@ def load_settings(
     """Return the settings from the file ``config`` (or ``STOWRAY_CONFIG``) and ``overrides``.
 
     ``overrides`` are command-line values by option name; None and empty ones are passed over.
-    Raises UsageError naming the file and key that cannot be used.
+    Raises UsageError naming the file and key that cannot be used, and for an authfile that is
+    named and not there.
     """
     path = config or os.environ.get("STOWRAY_CONFIG")
     document = _read(Path(path)) if path else {}
@@ -174,7 +176,23 @@ def load_settings(
             continue
         section = _PLACES.get(name)
         (document.setdefault(section, {}) if section else document)[name] = value
-    return _build(document, str(path) if path else "command line")
+    settings = _build(document, str(path) if path else "command line")
+    _expect_file(settings.registry.authfile)
+    return settings
+
+
+def _expect_file(authfile: str) -> None:
+    """Raise UsageError for a file of logins that is not there: else only a login would tell."""
+    if not authfile:
+        return
+    try:
+        # Not opened: it may be a pipe, which is read once.
+        mode = Path(authfile).stat().st_mode
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "no such file"
+        raise UsageError(authfile, f"no such file of logins: {reason}") from error
+    if stat.S_ISDIR(mode):
+        raise UsageError(authfile, "no file of logins but a directory")
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -158,6 +158,26 @@ def test_usage_errors_exit_with_2(cli: Cli, tmp_path: Path, arguments: list[str]
     assert err
 
 
+@pytest.mark.parametrize("engine", ["local", "ray"])
+@pytest.mark.parametrize("command", ["pull", "resolve", "config", "key", "plan", "prewarm"])
+@pytest.mark.parametrize("how", ["option", "setting", "directory"])
+def test_a_file_of_logins_that_is_not_there_is_an_error_though_nobody_asks_for_a_login(
+    cli: Cli, registry: FakeRegistry, tmp_path: Path, engine: str, command: str, how: str
+) -> None:
+    registry.add_image("a/b", "1", LAYERS)
+    missing = tmp_path / "none" / "auth.json"
+    words = ["--authfile", str(tmp_path if how == "directory" else missing)]
+    if how == "setting":
+        config = tmp_path / "settings.toml"
+        config.write_text(f"[registry]\nauthfile = '{missing}'\n")
+        words = ["--config", str(config)]
+    status, out, err = cli(command, "--engine", engine, *words, f"{registry.host}/a/b:1")
+    assert status == 2, err
+    assert words[1] in err or str(missing) in err
+    assert not registry.requests
+    assert not out or "error" in out
+
+
 def test_an_unknown_command_gets_a_hint(capsys) -> None:
     assert run(["pul", "a"]) == 2
     assert "pull" in capsys.readouterr().err

@@ -75,12 +75,14 @@ def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
 
 def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "settings.toml"
-    file.write_text("store = '/a'\n[registry]\nauthfile = '/x'\nattempts = 3\n")
+    logins = tmp_path / "auth.json"
+    logins.touch()
+    file.write_text(f"store = '/a'\n[registry]\nauthfile = '{logins}'\nattempts = 3\n")
     settings = load_settings(
         config=str(file), overrides={"store": "/b", "authfile": "", "platform": "linux/arm64"}
     )
     assert settings.store == "/b"
-    assert settings.registry.authfile == "/x"
+    assert settings.registry.authfile == str(logins)
     assert settings.registry.attempts == 3
     assert settings.resolve.platform == "linux/arm64"
 
