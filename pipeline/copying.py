@@ -179,7 +179,8 @@ class Copier:
             if honours_ranges and ahead >= SMALLEST_GAP:
                 # An earlier answer left bytes further on: from behind them with another request.
                 return
-            count = read_into(buffer[: min(BUFFER_SIZE, copying.end - copying.position)])
+            most = BUFFER_SIZE if lanes is None else lanes.piece_size
+            count = read_into(buffer[: min(most, copying.end - copying.position)])
             if count == 0:
                 return
             work.received += count

@@ -36,6 +36,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.source import Source
 
 BUFFER_SIZE: Final = 256 * 1024
+# What all lanes together may have read and not yet written down: it is lost with the process.
+UNWRITTEN_SIZE: Final = 512 * 1024
 LOOK_SECONDS: Final = 0.05
 # A lane that fails so often in a row is one connection too many.
 LANE_FAILURES: Final = 3
@@ -95,6 +97,11 @@ class Lanes:
     def is_proven(self) -> bool:
         """Tell whether the host honours ranges: then the rest can go on without the first."""
         return self._proven and not self._stopped
+
+    @property
+    def piece_size(self) -> int:
+        """Return how much one connection may read before it writes that down."""
+        return min(BUFFER_SIZE, UNWRITTEN_SIZE // self._climb.wanted)
 
     def close(self) -> None:
         """End all lanes, wait for their threads, and remember what was found out."""
@@ -278,7 +285,7 @@ class Lanes:
             with stream:
                 self._prove()
                 while at < end:
-                    count = stream.read_into(buffer[: min(BUFFER_SIZE, end - at)])
+                    count = stream.read_into(buffer[: min(self.piece_size, end - at)])
                     if count == 0:
                         # Shorter than was asked for, which is allowed.
                         return at

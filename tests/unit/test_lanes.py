@@ -330,6 +330,24 @@ def test_a_full_disk_ends_all_lanes_with_its_own_error(
     assert not bench.store.has(BLOB.digest)
 
 
+def test_little_is_read_and_not_yet_written_however_many_lanes_there_are(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lanes hold is lost when the process dies; the registry sends as fast as it can."""
+    bench.know(8)
+    sizes: list[int] = []
+    write_at = Ingest.write_at
+
+    def noted(self: Ingest, offset: int, data: Any) -> None:
+        sizes.append(len(data))
+        write_at(self, offset, data)
+
+    monkeypatch.setattr(Ingest, "write_at", noted)
+    bench.fetch()
+    assert bench.holds
+    assert 8 * max(sizes) < MIB
+
+
 def test_a_cancelled_fetch_leaves_nothing_running(bench: Bench) -> None:
     bench.know()
     bench.fake.fault("/blobs/", SLOW)
