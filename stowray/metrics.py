@@ -48,6 +48,14 @@ _FAMILIES = {
     "stowray_failures_total": _Family("counter", "References that failed, by class of the error."),
     "stowray_stage_duration_seconds": _Family("summary", "How long each stage of a pull took."),
     "stowray_last_run_timestamp_seconds": _Family("gauge", "When a run last ended."),
+    "stowray_prewarm_runs_total": _Family("counter", "Pre-warm runs, by how they ended."),
+    "stowray_prewarm_duration_seconds": _Family("summary", "How long pre-warm runs took."),
+    "stowray_prewarm_nodes": _Family("gauge", "Nodes of the last pre-warm run, by state."),
+    "stowray_prewarm_images": _Family("gauge", "Images on nodes of the last run, by status."),
+    "stowray_prewarm_bytes_total": _Family("counter", "Bytes that came to nodes, by source."),
+    "stowray_prewarm_blob_seconds": _Family("summary", "How long blobs took on nodes, by stage."),
+    "stowray_prewarm_remarks_total": _Family("counter", "Remarks of nodes on sources, by kind."),
+    "stowray_doctor_findings": _Family("gauge", "Findings of the last look, by state."),
     "stowray_served_requests_total": _Family("counter", "Requests answered, by method and code."),
     "stowray_served_bytes_total": _Family("counter", "Bytes of bodies of complete answers."),
     "stowray_served_cut_total": _Family("counter", "Answers that were cut off."),
@@ -93,11 +101,14 @@ class Metrics:
         self.add("stowray_manifest_requests_total", result["manifest_requests"])
         for layer in result["layers"]:
             if layer["fetched_bytes"]:
-                source = _host(layer["source"])
-                self.add("stowray_fetched_bytes_total", layer["fetched_bytes"], source=source)
+                self.fetched("stowray_fetched_bytes_total", layer["fetched_bytes"], layer["source"])
         for stage, seconds in result["seconds"].items():
             self.add("stowray_stage_duration_seconds_sum", seconds, stage=stage)
             self.add("stowray_stage_duration_seconds_count", 1, stage=stage)
+
+    def fetched(self, name: str, size: int, source: str) -> None:
+        """Count bytes from a registry's host, or from a path, which is not told."""
+        self.add(name, size, source=_host(source))
 
     def failed(self, kind: str) -> None:
         """Count a reference that failed with an error of class ``kind``."""

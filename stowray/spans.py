@@ -1,4 +1,4 @@
-"""A pull as OpenTelemetry spans, for whoever runs a collector: ``pip install stowray[otel]``.
+"""Pulls as OpenTelemetry spans, for whoever runs a collector: ``pip install stowray[otel]``.
 
 Spans are exported when the standard variables say so: ``OTEL_TRACES_EXPORTER`` (``otlp`` or
 ``console``) or an ``OTEL_EXPORTER_OTLP_ENDPOINT``; ``OTEL_SDK_DISABLED`` and the exporter ``none``
@@ -10,13 +10,14 @@ https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables
 from __future__ import annotations
 
 import os
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from stowray import __version__
 from stowray.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
     from opentelemetry.sdk.trace.export import SpanExporter
     from opentelemetry.trace import Span as OpenSpan
@@ -55,6 +56,16 @@ def export(
 
     Raises UsageError when what the environment asks for is not installed.
     """
+    with tracing(environment, exporter) as (tracer, parent):
+        for run in runs:
+            _export_run(tracer, run, started, parent)
+
+
+@contextmanager
+def tracing(
+    environment: Mapping[str, str], exporter: SpanExporter | None = None
+) -> Iterator[tuple[Tracer, Any]]:
+    """Yield a tracer and the parent that the environment names; all is sent at the end."""
     try:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -76,8 +87,7 @@ def export(
     }
     parent = TraceContextTextMapPropagator().extract(carrier)
     try:
-        for run in runs:
-            _export_run(tracer, run, started, parent)
+        yield tracer, parent
     finally:
         provider.shutdown()
 
@@ -122,15 +132,15 @@ def _export_run(tracer: Tracer, run: Run, started: float, parent: Any) -> None:
         "pull",
         context=parent,
         attributes=attributes,
-        start_time=_nanoseconds(started + run.started),
+        start_time=nanoseconds(started + run.started),
     )
     if run.error is not None:
-        _fail(whole, str(run.error["type"]), str(run.error["message"]))
+        fail(whole, str(run.error["type"]), str(run.error["message"]))
     inside = trace.set_span_in_context(whole)
     for part in run.spans:
         if part.kind in _NAMES:
             _export_part(tracer, part, started, inside)
-    whole.end(_nanoseconds(started + run.started + run.seconds))
+    whole.end(nanoseconds(started + run.started + run.seconds))
 
 
 def _export_part(tracer: Tracer, part: Span, started: float, parent: Any) -> None:
@@ -143,22 +153,24 @@ def _export_part(tracer: Tracer, part: Span, started: float, parent: Any) -> Non
             "stowray.status": part.status,
             "host.name": part.node,
         },
-        start_time=_nanoseconds(started + part.active),
+        start_time=nanoseconds(started + part.active),
     )
     for moment, current, status in part.samples:
         if status == "retrying":
-            span.add_event("retry", {"stowray.size": current}, _nanoseconds(started + moment))
+            span.add_event("retry", {"stowray.size": current}, nanoseconds(started + moment))
     if part.status == "failed":
-        _fail(span, "failed", part.error)
-    span.end(_nanoseconds(started + part.end))
+        fail(span, "failed", part.error)
+    span.end(nanoseconds(started + part.end))
 
 
-def _fail(span: OpenSpan, kind: str, text: str) -> None:
+def fail(span: OpenSpan, kind: str, text: str) -> None:
+    """Give a span the status of an error of class ``kind``."""
     from opentelemetry.trace import Status, StatusCode
 
     span.set_attribute("error.type", kind)
     span.set_status(Status(StatusCode.ERROR, text))
 
 
-def _nanoseconds(seconds: float) -> int:
+def nanoseconds(seconds: float) -> int:
+    """Return a time as OpenTelemetry counts it."""
     return int(seconds * 1e9)

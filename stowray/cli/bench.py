@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -14,6 +14,7 @@ from stowray.cli.context import command
 if TYPE_CHECKING:
     from stowray.bench_runs import Mode
     from stowray.cli.context import Context
+    from stowray.log import Log
     from stowray.pipeline.run_record import Run, RunRecord
 
 _OUT = click.Path(dir_okay=False, path_type=Path)
@@ -91,7 +92,7 @@ def _measure(
         store,
         context.pass_on(),
         disk=Path(disk).absolute() if disk else None,
-        tell=_say_nothing if context.value("quiet") else _say_run,
+        tell=partial(_say_run, context.log),
     ) as bench:
         bench.measure(references, runs, modes)
         return bench.record(
@@ -121,7 +122,10 @@ def _answer(context: Context, record: RunRecord, references: int) -> int:
                 print(bench_text.comparison_text(compared(good[0], other)))  # noqa: T201
     errors = {s.reference: s.error for s in summaries if s.error is not None}
     for reference, error in errors.items():
-        print(f"stowray: {reference}: {error['message']}", file=sys.stderr)  # noqa: T201
+        told = {"type": error.get("type"), "exit_code": error.get("exit_code")}
+        context.log(
+            "error", "failed", f"{reference}: {error['message']}", reference=reference, **told
+        )
     if errors and references == 1:
         return int(next(iter(errors.values())).get("exit_code", 1))
     return 1 if errors else 0
@@ -156,12 +160,16 @@ def _draw(record: RunRecord, path: Path) -> None:
         replace_file(path, bench_page(record).encode(), mode=file_mode())
 
 
-def _say_nothing(_run: Any) -> None:
-    return
-
-
-def _say_run(run: Run) -> None:
+def _say_run(log: Log, run: Run) -> None:
     from stowray.text import seconds_text
 
     end = "failed" if run.error else seconds_text(run.seconds)
-    print(f"stowray: {run.reference}: {run.mode} {run.number}: {end}", file=sys.stderr)  # noqa: T201
+    log(
+        "warning" if run.error else "info",
+        "bench.failed" if run.error else "bench.done",
+        f"{run.reference}: {run.mode} {run.number}: {end}",
+        reference=run.reference,
+        mode=run.mode,
+        number=run.number,
+        seconds=round(run.seconds, 6),
+    )

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import metrics_option, metrics_path
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from stowray.cli.context import Context
     from stowray.doctor import Finding
@@ -22,7 +24,8 @@ _MARKS = {"ok": ("ok", "green"), "warn": ("warn", "yellow"), "problem": ("proble
 
 @command("doctor", short_help="Check machine, store, registries and cluster; say what to do.")
 @click.argument("references", metavar="[REF|REGISTRY...]", nargs=-1)
-def doctor_command(context: Context, references: tuple[str, ...]) -> int:
+@metrics_option
+def doctor_command(context: Context, references: tuple[str, ...], metrics: Path | None) -> int:
     """Try what a pull needs, here and now, and say for each thing what to do if it is amiss.
 
     With REF or REGISTRY (ghcr.io, 10.0.0.5:5000) these are asked too, with --address every node of
@@ -30,13 +33,23 @@ def doctor_command(context: Context, references: tuple[str, ...]) -> int:
     is a problem; warnings exit with 0.
     """
     worst = 0
+    findings = []
     for finding in _findings(context, references):
+        findings.append(finding)
         if finding.state == "problem":
             worst = 1
         if context.json:
             print(json.dumps(finding.to_dict()), flush=True)  # noqa: T201
         elif not context.value("quiet") or finding.state != "ok":
             click.echo(_line(finding), color=_colours())
+    path = metrics_path(context, metrics)
+    if path is not None:
+        from stowray.metrics import Metrics
+        from stowray.metrics_run import count_findings
+
+        figures = Metrics()
+        count_findings(figures, findings)
+        figures.write(path)
     return worst
 
 

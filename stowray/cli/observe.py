@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stowray.cli.context import Context
     from stowray.cli.work import Work
     from stowray.metrics import Metrics
+    from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run_record import Recorder, Run
 
@@ -29,9 +30,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 
 def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that an :class:`Observer` carries out."""
-    function = click.option(
-        "--metrics", metavar="FILE", type=_FILE, help="Add up figures in FILE, for Prometheus."
-    )(function)
+    function = metrics_option(function)
     return click.option(
         "--record", metavar="FILE", type=_FILE, help="Keep a run record for `stowray trace`."
     )(function)
@@ -46,8 +45,7 @@ class Observer:
         self._context = context
         self._kind = kind
         self._record = record
-        named = context.settings.metrics
-        self._metrics_path = metrics or (Path(named) if named else None)
+        self._metrics_path = metrics_path(context, metrics)
         self._metrics: Metrics | None = None
         self._lock = threading.Lock()
         self._runs: list[Run] = []
@@ -157,6 +155,38 @@ class Observer:
             self._kind, __version__, recorder.started, machine(), options, tuple(runs)
         )
         record.write(path)
+
+
+def metrics_option(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a command the option of a file with figures."""
+    return click.option(
+        "--metrics", metavar="FILE", type=_FILE, help="Add up figures in FILE, for Prometheus."
+    )(function)
+
+
+def metrics_path(context: Context, given: Path | None) -> Path | None:
+    """Return where figures go: what was ``given``, else what the settings say."""
+    named = context.settings.metrics
+    return given or (Path(named) if named else None)
+
+
+def observe_run(context: Context, report: PrewarmReport, metrics: Path | None) -> None:
+    """Write the figures and send the spans of a pre-warm run that has ended."""
+    path = metrics_path(context, metrics)
+    if path is not None:
+        from stowray.metrics import Metrics
+        from stowray.metrics_run import count_run
+
+        figures = Metrics()
+        count_run(figures, report)
+        figures.write(path)
+    if spans_wanted():
+        from stowray.spans_run import export_run
+
+        try:
+            export_run(report)
+        except UsageError as error:
+            context.log("warning", "spans", f"no spans were sent: {error}")
 
 
 def spans_wanted() -> bool:

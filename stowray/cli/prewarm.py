@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import metrics_option, observe_run
 from stowray.cli.running import Running
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ RUN_OPTIONS: Final = _several((_LOCK, *_SELECTION, *_LIMITS))
     metavar="HOST:PORT",
     help="Show the run live in a browser; HOST left out: this machine only, PORT 0: a free one.",
 )
+@metrics_option
 @_several(_SELECTION)
 @_several(_LIMITS)
 def prewarm_command(
@@ -130,6 +132,7 @@ def prewarm_command(
     reports: tuple[Path, ...],
     receipts: Path | None,
     ui: str | None,
+    metrics: Path | None,
     **options: Any,
 ) -> int:
     """Fetch, verify and unpack images on every selected node, downloading each byte once.
@@ -143,7 +146,9 @@ def prewarm_command(
     with Running(context, ui=ui) as running:
         run = running.make(plan, file, lock, watch=watch)
         report = run.run(running.cancelled)
-    return tell(context, report, outputs)
+    code = tell(context, report, outputs)
+    observe_run(context, report, metrics)
+    return code
 
 
 @command("status", short_help="Show which node has which images, checked on disk.")
@@ -251,6 +256,11 @@ def tell(context: Context, report: PrewarmReport, outputs: Outputs) -> int:
         for image in report.images:
             if image.resolved:
                 print(f"{image.reference.partition('@')[0]}@{image.resolved}")  # noqa: T201
+    if context.log.as_json:
+        from stowray.prewarm_log import log_end
+
+        log_end(context.log, report)
+        return report.exit_code
     said = [] if context.value("quiet") else summary(report)
     if not context.value("quiet") and (context.json or report.command != "status"):
         said = [*table, *said]

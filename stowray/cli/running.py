@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.prewarm_plan import PrewarmPlan
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.progress import Progress
+    from stowray.prewarm_log import PrewarmLog
     from stowray.ui import LiveUi
 
 
@@ -38,8 +39,13 @@ class Running:
         self._interrupted = threading.Event()
         self._handlers: dict[int, Any] = {}
         self.progress: Progress = Progress()
-        mode = "none" if context.value("quiet") else context.value("progress", "auto")
+        # With a log of JSON lines a display is shown when it was asked for only.
+        usual = "none" if context.log.as_json else "auto"
+        mode = "none" if context.value("quiet") else context.value("progress", usual)
         self._display = Display(self.progress, mode, sys.stderr)
+        self._log = _log(context)
+        if self._log is not None:
+            self.progress.watch(self._log.events)
         self._run: Run | None = None
         if self._ui is not None:
             self.progress.watch(self._ui.see)
@@ -83,6 +89,8 @@ class Running:
 
     def _report(self, report: PrewarmReport) -> None:
         self._display.report(report)
+        if self._log is not None:
+            self._log.report(report)
         if self._ui is not None:
             self._ui.take(report)
 
@@ -116,6 +124,14 @@ def _live_ui(context: Context, listen: str | None) -> LiveUi | None:
             "the live page goes over the network unencrypted: whoever sees its address can watch",
         )
     return ui
+
+
+def _log(context: Context) -> PrewarmLog | None:
+    if not context.log.as_json:
+        return None
+    from stowray.prewarm_log import PrewarmLog
+
+    return PrewarmLog(context.log)
 
 
 def _reason(error: object) -> str:
