@@ -25,7 +25,7 @@ PEERS := docker-registry:docker-registry skopeo:skopeo umoci:umoci podman:podman
 	containerd:containerd ctr:containerd runc:runc crun:crun debootstrap:debootstrap \
 	getfattr:attr ip:iproute2 setcap:libcap2-bin zstd:zstd strace:strace unshare:util-linux \
 	mksquashfs:squashfs-tools bwrap:bubblewrap fish:fish zsh:zsh jq:jq tmux:tmux \
-	nginx:nginx-light squid:squid
+	nginx:nginx-light squid:squid chromium:chromium
 
 .PHONY: help setup demo deps check format test test-unit test-real test-cluster bench dist docs all clean
 
