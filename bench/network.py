@@ -1,6 +1,6 @@
 """What a bad network costs: faults survived, bytes fetched twice, broken and throttled connections.
 
-    python -m bench.network [--record FILE] [faults] [broken] [breaking] [ranges]
+    python -m bench.network [--record FILE] [faults] [broken] [breaking] [ranges] [lines]
 
 The registry and what stands before it are in this process; the pulls that are timed or killed are
 `stowray` commands of their own. Each figure is a median; the record has every run.
@@ -8,6 +8,7 @@ The registry and what stands before it are in this process; the pulls that are t
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -31,11 +32,12 @@ from stowray.pipeline.registry import Registry
 from stowray.pipeline.settings import RegistrySettings
 from stowray.pipeline.store import Store
 from tests.support.command import Stowray
+from tests.support.network_peers import limiting_nginx
 from tests.support.proxy import CountingProxy, counting_proxy
 from tests.support.registry import FakeRegistry, Fault, compact, digest_of
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator, Sequence
 
 MIB = 1 << 20
 PROGRAM = [sys.executable, "-m", "stowray", "--engine", "local", "--progress", "none"]
@@ -49,6 +51,10 @@ RECORD: dict[str, object] = {}
 def median(name: str, runs: list[float]) -> float:
     """Keep the runs for the record and return their median."""
     RECORD[name] = [round(run, 3) for run in runs]
+    RECORD[f"{name.partition(':')[0]}: when, load"] = [
+        time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
+        round(os.getloadavg()[0], 1),
+    ]
     return statistics.median(runs)
 
 
@@ -355,45 +361,85 @@ def breaking(runs: int = 5) -> None:
 
 # -- ranges ----------------------------------------------------------------------------------------
 
+LIMIT = 20 * MIB
+LANES = 8
+OFF = "[registry]\nrange_connections = 1\n"
 
-def ranges(size: int = 1024 * MIB, runs: int = 3) -> None:
-    """1 GiB at 20 MiB/s per connection, for all together, and without a limit; on and off."""
-    data = noise(size)
-    limit = 20 * MIB
-    off = "[registry]\nrange_connections = 1\n"
+
+def _timed(here: Path, host: str, name: str, settings: str = "", known: int = 0) -> float:
+    if known:
+        with Store.open(here / "store") as store:
+            HostRecords(store.path).learn(host, known, LIMIT)
+    return pull(here, host, name, settings)[0]
+
+
+@contextlib.contextmanager
+def _limited(front: str, here: Path, upstream: str) -> Iterator[str]:
+    """Give 20 MiB/s to each connection; the address to ask instead of ``upstream``."""
+    if front == "nginx":
+        with limiting_nginx(here / "nginx", upstream, LIMIT) as program:
+            yield program.host
+        shutil.rmtree(here / "nginx")
+    else:
+        with counting_proxy(upstream, bytes_per_second=LIMIT, per_connection=True) as proxy:
+            yield proxy.host
+
+
+def ranges(runs: int = 3, fronts: Sequence[str] = ("proxy", "nginx")) -> None:
+    """20 MiB/s per connection: how much of their sum 8 connections bring, start included."""
+    for size in (256, 1024):
+        data = noise(size * MIB)
+        with folder() as place, FakeRegistry() as fake:
+            here = Path(place)
+            name = publish(fake, data)
+            for front in fronts:
+                with _limited(front, here, fake.host) as host:
+                    for how, known in (("fresh", 0), ("known", LANES)):
+                        taken = median(
+                            f"ranges: {size} MiB, {front}, {how}, s",
+                            [_timed(here, host, name, known=known) for _ in range(runs)],
+                        )
+                        share = size * MIB / taken / (LANES * LIMIT)
+                        print(
+                            f"{size} MiB at 20 MiB/s per connection ({front}, {how} host): "
+                            f"{taken:.2f} s, {share:.2f} of the sum of {LANES}, load {load()}",
+                            flush=True,
+                        )
+
+
+def lines(runs: int = 3) -> None:
+    """Where more connections bring nothing: one line for all, and no limit; ranges on and off."""
     with folder() as place, FakeRegistry() as fake:
         here = Path(place)
-        name = publish(fake, data)
-
-        def timed(host: str, settings: str = "", known: int = 0) -> float:
-            if known:
-                with Store.open(here / "store") as store:
-                    HostRecords(store.path).learn(host, known, limit)
-            return pull(here, host, name, settings)[0]
-
-        with counting_proxy(fake.host, bytes_per_second=limit, per_connection=True) as proxy:
-            # What one connection needs is arithmetic: once is enough.
-            alone = median("ranges: per connection, off, s", [timed(proxy.host, off)])
-            new = median("ranges: per connection, on, s", [timed(proxy.host) for _ in range(runs)])
-            again = median(
-                "ranges: per connection, known, s",
-                [timed(proxy.host, known=8) for _ in range(runs)],
+        name = publish(fake, noise(256 * MIB))
+        with counting_proxy(fake.host, bytes_per_second=LIMIT) as proxy:
+            # What a line needs is arithmetic: once is enough.
+            alone = median("lines: 256 MiB, shared, off, s", [_timed(here, proxy.host, name, OFF)])
+            taken = median(
+                "lines: 256 MiB, shared, on, s",
+                [_timed(here, proxy.host, name) for _ in range(runs)],
             )
         print(
-            f"1 GiB at 20 MiB/s per connection: {alone:.1f} s without ranges, {new:.1f} s with "
-            f"({alone / new:.2f} times as fast); known from an earlier run {again:.1f} s "
-            f"({alone / again:.2f} times)"
+            f"256 MiB at 20 MiB/s for all together: {alone:.2f} s without ranges, {taken:.2f} s "
+            f"with ({taken / alone:.3f}), load {load()}"
         )
-        with counting_proxy(fake.host, bytes_per_second=limit) as proxy:
-            alone = median("ranges: shared line, off, s", [timed(proxy.host, off)])
-            shared = median("ranges: shared line, on, s", [timed(proxy.host)])
+    with folder() as place, FakeRegistry() as fake:
+        here = Path(place)
+        name = publish(fake, noise(1024 * MIB))
+        times: dict[str, list[float]] = {"off": [], "on": []}
+        for _ in range(runs):
+            # Turn by turn: a machine is not always as fast.
+            times["off"].append(_timed(here, fake.host, name, OFF))
+            times["on"].append(_timed(here, fake.host, name))
+        free, tried = (median(f"lines: 1 GiB, no limit, {how}, s", times[how]) for how in times)
         print(
-            f"  20 MiB/s for all together: {alone:.1f} s without, {shared:.1f} s with "
-            f"({shared / alone:.3f})"
+            f"1 GiB without a limit: {free:.2f} s without ranges, {tried:.2f} s with "
+            f"({tried / free:.2f}), load {load()}"
         )
-        free = median("ranges: no limit, off, s", [timed(fake.host, off) for _ in range(runs)])
-        tried = median("ranges: no limit, on, s", [timed(fake.host) for _ in range(runs)])
-        print(f"  no limit: {free:.2f} s without, {tried:.2f} s with")
+
+
+def load() -> str:
+    return f"{os.getloadavg()[0]:.0f}"
 
 
 def main() -> None:
@@ -401,7 +447,13 @@ def main() -> None:
     record = None
     if wanted[:1] == ["--record"]:
         record, wanted = Path(wanted[1]), wanted[2:]
-    kinds = {"faults": faults, "broken": broken, "breaking": breaking, "ranges": ranges}
+    kinds = {
+        "faults": faults,
+        "broken": broken,
+        "breaking": breaking,
+        "ranges": ranges,
+        "lines": lines,
+    }
     for name in wanted or kinds:
         kinds[name]()
     if record is not None:

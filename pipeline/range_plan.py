@@ -102,9 +102,9 @@ class Climb:
     """Puts all allowed connections on trial and keeps those that pay; not thread-safe.
 
     ``wanted`` is how many there should be now. One connection is measured for as long as it takes
-    to know its rate (a fifth of a second where that is steady, as behind a limit; a second and more
-    while it still grows), then all at once, and what they bring tells how many are worth keeping.
-    What was found out earlier is used at once.
+    to know its rate (a quarter of a second where that is steady, as behind a limit; a second and a
+    half where it grows or comes in bursts), then all at once, and what they bring tells how many
+    are worth keeping. What was found out earlier is used at once.
     """
 
     def __init__(self, limit: int, now: float, known: HostRecord | None = None) -> None:

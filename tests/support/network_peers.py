@@ -51,10 +51,31 @@ def nginx(
 
     Its log has status, method, URI and the Proxy-Authorization that came along.
     """
-    folder.mkdir()
     demand = ""
     if client_authority is not None:
         demand = f"ssl_verify_client on; ssl_client_certificate {client_authority};"
+    with _nginx(
+        folder,
+        upstream,
+        listen="ssl",
+        more=f"ssl_certificate {certificate}; ssl_certificate_key {key}; proxy_buffering off;"
+        + demand,
+    ) as program:
+        yield program
+
+
+@contextlib.contextmanager
+def limiting_nginx(folder: Path, upstream: str, bytes_per_second: int) -> Iterator[Program]:
+    """Serve `upstream` over plain HTTP, each answer at that rate (`limit_rate`)."""
+    # It limits only what it buffers.
+    limit = f"proxy_buffering on; proxy_max_temp_file_size 0; limit_rate {bytes_per_second};"
+    with _nginx(folder, upstream, more=limit) as program:
+        yield program
+
+
+@contextlib.contextmanager
+def _nginx(folder: Path, upstream: str, *, listen: str = "", more: str = "") -> Iterator[Program]:
+    folder.mkdir()
     port = free_port()
     config = folder / "nginx.conf"
     temporary = "\n".join(
@@ -70,11 +91,10 @@ def nginx(
             log_format brief '$status $request_method $request_uri "$http_proxy_authorization"';
             access_log {folder}/access.log brief;
             server {{
-                listen 127.0.0.1:{port} ssl;
-                ssl_certificate {certificate}; ssl_certificate_key {key};
-                {demand}
+                listen 127.0.0.1:{port} {listen};
+                {more}
                 location / {{
-                    proxy_pass http://{upstream}; proxy_buffering off; proxy_http_version 1.1;
+                    proxy_pass http://{upstream}; proxy_http_version 1.1;
                 }}
             }}
         }}
