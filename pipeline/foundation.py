@@ -91,9 +91,49 @@ def read_version(path: Path) -> int | None:
     if not re.fullmatch(rb"[0-9]{1,9}\n", text):
         raise StorageError(
             str(path / "version"),
-            f"damaged: write {FORMAT} into it if this store was made by this stowray",
+            "damaged: `stowray verify --repair` writes it anew",
         )
     return int(text)
+
+
+def mend_version(path: Path, *, repair: bool) -> str:
+    """Return what is wrong with the version file of a store, empty when nothing is.
+
+    With ``repair`` it is written anew where all else is as this program makes it; StorageError
+    where it is not, for then nobody knows what format the store has.
+    """
+    from stowray.pipeline.layout import LAYOUT_FILE
+
+    try:
+        read_version(path)
+    except StorageError as error:
+        if error.args[0] != str(path / "version"):
+            raise
+        wrong = "is no version of a store"
+    else:
+        return ""
+    if not repair:
+        return wrong
+    with translated(path, "mend the store's version"):
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            missing = [name for name in _DIRECTORIES if not (path / name).is_dir()]
+            nonce = read_regular(path / "nonce", 256)
+            if not re.fullmatch(rb"[0-9a-f]{32}\n", nonce):
+                missing.append("nonce")
+            if read_regular(path / "oci-layout", 4096) != LAYOUT_FILE:
+                missing.append("oci-layout")
+            if missing:
+                raise StorageError(
+                    str(path / "version"),
+                    f"damaged, and so is {', '.join(missing)}: choose another --store, or write "
+                    f"{FORMAT} into it if this stowray made the store",
+                )
+            replace_file(path / "version", f"{FORMAT}\n".encode())
+        finally:
+            os.close(descriptor)
+    return wrong
 
 
 def create_store(path: Path, descriptor: int) -> Capabilities | None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.errors import StorageError, StowrayError, escape
+from stowray.pipeline.foundation import FORMAT, read_version
 from stowray.pipeline.probe import Capabilities, network_kind, probe
 from stowray.pipeline.removal import remove_tree
 from stowray.pipeline.unshare import run_unshared
@@ -120,6 +121,16 @@ def examine_store(store: Path) -> Iterator[Finding]:
             escape(str(error)),
             f"make {escape(str(store))} yourself, writable for this user, or give another --store",
         )
+        return
+    try:
+        version = read_version(store) if store == place else None
+    except StowrayError as error:
+        advice = "`stowray verify --repair` writes a damaged version anew"
+        yield Finding("store", "problem", escape(str(error)), advice)
+        return
+    if version is not None and version > FORMAT:
+        found = f"{escape(str(store))} is of store format {version}, and {FORMAT} is known here"
+        yield Finding("store", "problem", found, "upgrade stowray, or give another --store")
         return
     there = "is there" if store == place else "will be made by the first pull"
     yield Finding("store", "ok", f"{escape(str(store))} {there}")
