@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import UsageError
-from stowray.pipeline.origin_leases import OriginLeases, RegistryPermits
+from stowray.pipeline.origin_leases import OriginLeases
 from stowray.pipeline.registry_lines import RegistryLines
+from stowray.pipeline.registry_permits import RegistryPermits
 from stowray.pipeline.spread_leases import to_wire
 
 if TYPE_CHECKING:

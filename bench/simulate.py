@@ -22,7 +22,8 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bench.simulate_messages import driver_messages, progress_messages, told
-from stowray.pipeline.origin_leases import Elsewhere, Granted, OriginLeases, RegistryPermits
+from stowray.pipeline.origin_leases import Elsewhere, Granted, OriginLeases
+from stowray.pipeline.registry_permits import RegistryPermits
 from stowray.pipeline.source_actions import (
     ORIGIN,
     Action,

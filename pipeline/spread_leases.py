@@ -18,7 +18,8 @@ from stowray.pipeline.origin_leases import Elsewhere, Granted, Later
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping, Sequence
 
-    from stowray.pipeline.origin_leases import OriginLeases, RegistryPermits
+    from stowray.pipeline.origin_leases import OriginLeases
+    from stowray.pipeline.registry_permits import RegistryPermits
 
 Answer = Granted | Elsewhere | Later
 

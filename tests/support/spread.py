@@ -13,9 +13,10 @@ from stowray.pipeline.arriving import Arriving
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.fetch import Fetched, Fetcher
-from stowray.pipeline.origin_leases import OriginLeases, RegistryPermits
+from stowray.pipeline.origin_leases import OriginLeases
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.registry import Registry
+from stowray.pipeline.registry_permits import RegistryPermits
 from stowray.pipeline.serve import BlobServer, ServeLimits, bearer
 from stowray.pipeline.serve_limits import RUN_LIMITS
 from stowray.pipeline.settings import RegistrySettings

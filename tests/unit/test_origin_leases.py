@@ -13,8 +13,8 @@ from stowray.pipeline.origin_leases import (
     Granted,
     Later,
     OriginLeases,
-    RegistryPermits,
 )
+from stowray.pipeline.registry_permits import RegistryPermits
 
 NODES = ("a", "b", "c")
 SIZE = 100
