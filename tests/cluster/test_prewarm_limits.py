@@ -69,6 +69,27 @@ def test_a_rate_of_requests_is_that_of_all_nodes_together(
     assert max(asked) - min(asked) >= 0.8 * (len(asked) - 1) / rate
 
 
+def test_a_rate_of_bytes_is_that_of_all_nodes_together(
+    drive: Callable[..., Driver], registry: FakeRegistry
+) -> None:
+    """Blobs with different roots, so that several nodes read from the registry at once."""
+    rate = 600_000
+    reference = add_image(registry, "line", *(400_000 + number for number in range(20)))
+    code, report = drive(reference, settings={"registry": {"bytes_per_second": rate}}).finish()
+    assert code == 0
+    assert states(report) == dict.fromkeys(NODES, "ready")
+    read = [
+        span
+        for span in report["spans"]
+        if any(not source.startswith("peer:") for source in span["by_source"])
+    ]
+    assert len({span["node"] for span in read}) > 1
+    begun = min(span["started"] for span in read)
+    ended = max(span["completed"] for span in read)
+    # Bytes are not waited for one by one.
+    assert ended - begun >= report["origin_bytes"] / rate - 0.5
+
+
 def test_a_pause_that_a_node_was_asked_for_holds_all(
     drive: Callable[..., Driver], registry: FakeRegistry
 ) -> None:
