@@ -20,7 +20,18 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from stowray.actors.embedded import RayAddress
+    from stowray.actors.session import Session
     from stowray.pipeline.settings import Settings
+
+
+def session_for(settings: Settings) -> Session | None:
+    """Return the session that a pull with these settings goes through, if there is one.
+
+    With the engine "auto" that is so also in a program that is connected to some other Ray.
+    """
+    if _address(settings) or (settings.engine == "ray" and is_connected()):
+        return None
+    return warm_session()
 
 
 def connect(
@@ -36,11 +47,7 @@ def connect(
     this process ends with the stack: then a session is left without the goodbye. Raises NodeError,
     DeadlineError, UsageError.
     """
-    address = settings.address or os.environ.get("RAY_ADDRESS", "")
-    if "://" in address:
-        raise UsageError(
-            "--address", "Ray Client (ray://…) is not supported: run on a node of the cluster"
-        )
+    address = _address(settings)
     if is_connected():
         return stack.enter_context(joined_ray()), False
     if address and address != "local":
@@ -50,3 +57,12 @@ def connect(
         ray = attached_ray(session.address, token_path=Path(session.token_path), leaves=leaves)
         return stack.enter_context(ray), True
     return stack.enter_context(embedded_ray(nodes=embedded_nodes)), False
+
+
+def _address(settings: Settings) -> str:
+    address = settings.address or os.environ.get("RAY_ADDRESS", "")
+    if "://" in address:
+        raise UsageError(
+            "--address", "Ray Client (ray://…) is not supported: run on a node of the cluster"
+        )
+    return address

@@ -11,12 +11,15 @@ import secrets
 import threading
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stowray.actors.connect import connect
-from stowray.actors.follow import Follower
+from stowray.actors import frames
+from stowray.actors.connect import connect, session_for
+from stowray.actors.door_link import DoorLink
 from stowray.actors.headwatch import HeadWatch
+from stowray.actors.link import RayLink
 from stowray.actors.processes import Process
 from stowray.actors.wire import (
     documents_of,
@@ -25,7 +28,7 @@ from stowray.actors.wire import (
     settings_to_dict,
 )
 from stowray.pipeline.engine import LocalEngine, PullOptions, never
-from stowray.pipeline.errors import CancelledError, NodeError, from_wire
+from stowray.pipeline.errors import from_wire
 from stowray.pipeline.image import Image
 from stowray.pipeline.progress import Event
 from stowray.pipeline.quota import Quota
@@ -37,31 +40,15 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from stowray.actors.embedded import RayAddress
+    from stowray.actors.link import Link
     from stowray.pipeline.progress import Progress
     from stowray.pipeline.settings import Settings
     from stowray.pipeline.source import Source
     from stowray.pipeline.store import Store
 
-TRIES = 3
-RESTART_SECONDS = 1.0
-# Members have three seconds to stop and are ended then; Ctrl-C has five.
-CANCEL_SECONDS = 4.5
-
 
 def _say_nothing(*_what: object, **_more: object) -> None:
     """Report to nobody."""
-
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """A connection to a Ray and the actors that serve this engine."""
-
-    ray: RayAddress
-    resolver: Any
-    progress: Any
-    node: Any
-    head: HeadWatch
-    is_session: bool
 
 
 class RayEngine(LocalEngine):
@@ -164,9 +151,7 @@ class RayEngine(LocalEngine):
             "settings": settings_to_dict(self.settings),
             "environment": origin_environment(os.environ),
         }
-        link = self._connected()
-        resolve = link.resolver.resolve
-        reply = self._ask(link, link.resolver, resolve, request, "resolver", cancelled)
+        reply = self._taken_over(self._connected().resolve(request, cancelled))
         quota = None if reply["quota"] is None else Quota(**reply["quota"])
         if quota is not None and quota.is_low and isinstance(source, Reference):
             # The resolver of a session has perhaps told somebody else already, and tells once.
@@ -192,67 +177,23 @@ class RayEngine(LocalEngine):
             "options": options_to_dict(options),
             "settings": settings_to_dict(self.settings),
             "environment": origin_environment(os.environ),
-            "progress": link.progress,
             "nodes": 1,
             # Only a session's actors outlive a driver, and they live on the driver's host.
             "driver": Process.own().to_dict() if link.is_session else None,
             "spread": None,
         }
-        follower = Follower(link.progress, run, self.progress)
-        try:
-            reply = self._ask(
-                link,
-                link.node,
-                link.node.pull,
-                request,
-                f"node {self.settings.node_name}",
-                cancelled,
-            )
-        finally:
-            follower.close()
+        reply = self._taken_over(link.pull(request, cancelled, frames.merging(self.progress)))
         return PullResult.from_dict(reply["result"])
 
-    def _ask(
-        self,
-        link: Link,
-        actor: Any,
-        method: Any,
-        request: dict[str, Any],
-        where: str,
-        cancelled: Callable[[], bool],
-    ) -> dict[str, Any]:
-        """Call ``method`` and merge its events; raises what its reply says.
-
-        A call that was lost with its actor is made again: all calls are idempotent, and Ray
-        restarts the actor.
-        """
-        from stowray.actors import cluster
-
-        wait = _Wait(actor, request["run"], link.head, cancelled)
-        tries = 0
-        while True:
-            tries += 1
-            call = method.remote(request)
-            try:
-                reply: dict[str, Any] = cluster.wait(call, where, look=wait.look)
-            except NodeError:
-                if tries >= TRIES or wait.is_given_up or link.head.is_silent:
-                    raise
-                # Ray takes a moment to start the actor again.
-                time.sleep(RESTART_SECONDS)
-                continue
-            except BaseException:
-                # Ctrl-C among them: nothing may work on after this call has ended.
-                wait.give_up()
-                cluster.settle(call, CANCEL_SECONDS)
-                raise
-            for event in reply["events"]:
-                self.progress.merge(Event.from_dict(event))
-            for text in reply["warnings"]:
-                self._warn(text)
-            if "error" in reply:
-                raise from_wire(*reply["error"])
-            return reply
+    def _taken_over(self, reply: dict[str, Any]) -> dict[str, Any]:
+        """Take over what happened; raises what the reply says."""
+        for event in reply["events"]:
+            self.progress.merge(Event.from_dict(event))
+        for text in reply["warnings"]:
+            self._warn(text)
+        if "error" in reply:
+            raise from_wire(*reply["error"])
+        return reply
 
     def _connected(self) -> Link:
         with self._connecting:
@@ -265,22 +206,13 @@ class RayEngine(LocalEngine):
             return self._link
 
     def _connect(self) -> Link:
-        ray, is_session = connect(self.settings, self._stack, leaves=lambda: self.is_last)
-        return self._crew_of_session(ray) if is_session else self._crew_of_run(ray)
+        session = session_for(self.settings)
+        if session is not None:
+            return DoorLink(Path(session.door))
+        ray, _ = connect(self.settings, self._stack, leaves=lambda: self.is_last)
+        return self._crew_of_run(ray)
 
-    def _crew_of_session(self, ray: RayAddress) -> Link:
-        from stowray.actors import cluster
-
-        return Link(
-            ray=ray,
-            resolver=cluster.find_actor("resolver"),
-            progress=cluster.find_actor("progress"),
-            node=cluster.find_actor("node"),
-            head=HeadWatch(ray.address),
-            is_session=True,
-        )
-
-    def _crew_of_run(self, ray: RayAddress) -> Link:
+    def _crew_of_run(self, ray: RayAddress) -> RayLink:
         from stowray.actors import cluster
 
         if not ray.is_own:
@@ -295,41 +227,12 @@ class RayEngine(LocalEngine):
             # An embedded Ray ends with all that is in it; elsewhere our actors go with us.
             for actor in (node, resolver, progress):
                 self._stack.callback(cluster.end, actor)
-        return Link(ray, resolver, progress, node, HeadWatch(ray.address), is_session=False)
+        where = f"node {self.settings.node_name}"
+        return RayLink(
+            ray, resolver, progress, node, HeadWatch(ray.address), where, is_session=False
+        )
 
     def _require_like(self, ray: RayAddress) -> None:
         from stowray.actors import foreign
 
         foreign.require_like(foreign.probe_nodes([ray.node_id], ["this node"]))
-
-
-class _Wait:
-    """What is looked at while a call is under way: the head, and whether it is still wanted."""
-
-    def __init__(
-        self, actor: Any, run: str, head: HeadWatch, cancelled: Callable[[], bool]
-    ) -> None:
-        self._actor = actor
-        self._run = run
-        self._head = head
-        self._cancelled = cancelled
-        self._given_up_at = 0.0
-
-    @property
-    def is_given_up(self) -> bool:
-        """Return whether the actor was told to stop."""
-        return self._given_up_at > 0.0
-
-    def look(self) -> None:
-        """Pass a cancellation on; raise when nothing comes of it, or when the head is dead."""
-        self._head.look()
-        if self._cancelled():
-            self.give_up()
-        if self.is_given_up and time.monotonic() - self._given_up_at > CANCEL_SECONDS:
-            raise CancelledError("pull")
-
-    def give_up(self) -> None:
-        """Tell the actor once that the result is not wanted any more."""
-        if not self.is_given_up:
-            self._given_up_at = time.monotonic()
-            self._actor.cancel.remote(self._run)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from stowray.pipeline.errors import StowrayError
 
 if TYPE_CHECKING:
-    from stowray.pipeline.progress import Progress
+    from collections.abc import Callable
 
 POLL_SECONDS = 1.0
 
@@ -20,10 +20,11 @@ POLL_SECONDS = 1.0
 class Follower:
     """Takes a run's events over from the ProgressActor while the run goes on."""
 
-    def __init__(self, actor: Any, run: str, progress: Progress) -> None:
+    def __init__(self, actor: Any, run: str, take: Callable[[bytes], None]) -> None:
+        """Give each frame of events to ``take``, on a thread of the follower's own."""
         self._actor = actor
         self._run = run
-        self._progress = progress
+        self._take = take
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="follow", daemon=True)
         self._thread.start()
@@ -35,7 +36,7 @@ class Follower:
         self._thread.join(POLL_SECONDS)
 
     def _follow(self) -> None:
-        from stowray.actors import cluster, frames
+        from stowray.actors import cluster
 
         version = 0
         while not self._closed.is_set():
@@ -45,7 +46,6 @@ class Follower:
             except StowrayError:
                 # Losing the ProgressActor fails nothing: the display waits for the result.
                 return
-            for event in frames.unpack(frame):
-                self._progress.merge(event)
+            self._take(frame)
             if is_closed:
                 return

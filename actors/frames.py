@@ -17,6 +17,8 @@ from stowray.pipeline.progress import Event
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    from stowray.pipeline.progress import Progress
+
 FRAME_SECONDS = 0.1
 # Frames of many nodes must not add up to more than one actor takes (about 2500 calls a second).
 SECONDS_PER_NODE = 0.001
@@ -31,6 +33,16 @@ def pack(events: Sequence[Event]) -> bytes:
 def unpack(frame: bytes) -> list[Event]:
     """Return the events of a frame that :func:`pack` made."""
     return [Event.from_dict(data) for data in msgpack.unpackb(frame)]
+
+
+def merging(progress: Progress) -> Callable[[bytes], None]:
+    """Return what merges the events of a frame into ``progress``."""
+
+    def take(frame: bytes) -> None:
+        for event in unpack(frame):
+            progress.merge(event)
+
+    return take
 
 
 class Forwarder:

@@ -187,7 +187,7 @@ class _Under:
         return values[0]
 
     async def _main(self, work: Callable[[_Under], Awaitable[Any]]) -> Any:
-        from stowray.actors import cluster
+        from stowray.actors import cluster, frames
         from stowray.actors.cluster_watch import ClusterWatch
         from stowray.actors.follow import Follower
         from stowray.actors.prewarm_access import RunAccess
@@ -200,7 +200,7 @@ class _Under:
         resolver = cluster.start_resolver(cluster.Placement(self._ray.node_id, restarts=8))
         board = cluster.start_progress(cluster.Placement(self._ray.node_id))
         self._watch = ClusterWatch(HeadWatch(self._ray.address))
-        follower = Follower(board, state.run, owner._progress)
+        follower = Follower(board, state.run, frames.merging(owner._progress))
         self._context = RunContext(
             run=state.run,
             token=secrets.token_urlsafe(32),

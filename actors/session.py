@@ -41,8 +41,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.settings import Settings
 
 # Raised whenever what travels between a program and a session's actors changes its meaning.
-PROTOCOL = 1
-FORMAT = 1
+PROTOCOL = 2
+FORMAT = 2
 STATE_LIMIT = 1 << 20
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
@@ -53,11 +53,15 @@ CONNECT_SECONDS = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """What the state file says; ``host`` is the process that holds all others."""
+    """What the state file says; ``host`` is the process that holds all others.
+
+    ``door`` is the path of the socket on which it takes calls for its crew.
+    """
 
     address: str
     token_path: str
     directory: str
+    door: str
     version: str
     protocol: int
     python: str
@@ -74,6 +78,7 @@ class Session:
             "address": self.address,
             "token_path": self.token_path,
             "directory": self.directory,
+            "door": self.door,
             "version": self.version,
             "protocol": self.protocol,
             "python": self.python,
@@ -93,6 +98,7 @@ class Session:
             address=str(data["address"]),
             token_path=str(data["token_path"]),
             directory=str(data["directory"]),
+            door=str(data["door"]),
             version=str(data["version"]),
             protocol=int(data["protocol"]),
             python=str(data["python"]),
@@ -172,6 +178,11 @@ def state_folder() -> Path:
 def state_path(folder: Path) -> Path:
     """Return where the state of this host's session is kept."""
     return _path(folder, "json")
+
+
+def door_path(folder: Path) -> Path:
+    """Return where the host of this host's session listens."""
+    return _path(folder, "door")
 
 
 def find_session(folder: Path) -> Session | None:

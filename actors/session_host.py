@@ -14,14 +14,18 @@ import signal
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import stowray
 from stowray.actors import processes
+from stowray.actors.door import Door
 from stowray.actors.embedded import embedded_ray, started_below
+from stowray.actors.headwatch import HeadWatch
+from stowray.actors.link import RayLink
 from stowray.actors.processes import Process
-from stowray.actors.session import PROTOCOL, Session, remove_state, write_state
+from stowray.actors.session import PROTOCOL, Session, door_path, remove_state, write_state
 from stowray.pipeline.clock import Boot
 from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, to_wire
 
@@ -51,14 +55,15 @@ def main() -> None:
 def _hold(config: dict[str, Any], stop: threading.Event) -> None:
     folder = Path(config["folder"])
     with embedded_ray() as address:
-        node = _start_crew(address, config)
-        session = _describe(address)
-        write_state(folder, session)
-        try:
-            _answer({"ready": True})
-            _watch(session, node, float(config["idle_seconds"]), stop)
-        finally:
-            remove_state(folder, session.host)
+        crew = _start_crew(address, config)
+        session = _describe(address, door_path(folder))
+        with closing(Door(Path(session.door), crew)):
+            write_state(folder, session)
+            try:
+                _answer({"ready": True})
+                _watch(session, crew.node, float(config["idle_seconds"]), stop)
+            finally:
+                remove_state(folder, session.host)
 
 
 def _watch(session: Session, node: Any, idle_seconds: float, stop: threading.Event) -> None:
@@ -80,8 +85,8 @@ def _watch(session: Session, node: Any, idle_seconds: float, stop: threading.Eve
                     return
 
 
-def _start_crew(address: RayAddress, config: dict[str, Any]) -> Any:
-    """Start the session's actors and return the node's, all of them warm."""
+def _start_crew(address: RayAddress, config: dict[str, Any]) -> RayLink:
+    """Start the session's actors and return their handles, all of them warm."""
     from stowray.actors import cluster
 
     def place(role: str) -> cluster.Placement:
@@ -89,18 +94,22 @@ def _start_crew(address: RayAddress, config: dict[str, Any]) -> Any:
 
     node = cluster.start_node(place("node"), config["node"], config["unpackers"], stays=True)
     resolver = cluster.start_resolver(place("resolver"))
-    cluster.start_progress(place("progress"))
+    progress = cluster.start_progress(place("progress"))
     cluster.wait(resolver.pid.remote(), "session resolver", seconds=WARM_SECONDS)
     cluster.wait(node.members.remote(), "session crew", seconds=WARM_SECONDS)
-    return node
+    where = f"node {config['node']}"
+    return RayLink(
+        address, resolver, progress, node, HeadWatch(address.address), where, is_session=True
+    )
 
 
-def _describe(address: RayAddress) -> Session:
+def _describe(address: RayAddress, door: Path) -> Session:
     token_path = address.token_path or Path()
     return Session(
         address=address.address,
         token_path=str(token_path),
         directory=str(token_path.parent),
+        door=str(door),
         version=stowray.__version__,
         protocol=PROTOCOL,
         python=sys.executable,

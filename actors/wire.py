@@ -73,10 +73,17 @@ def settings_to_dict(settings: Settings) -> dict[str, Any]:
 
 def settings_from_dict(fields: Mapping[str, Any]) -> Settings:
     """Return the settings that :func:`settings_to_dict` described."""
-    values = dict(fields)
+    values = _listed(fields)
     for name, kind in _SECTIONS.items():
-        values[name] = kind(**values[name])
+        values[name] = kind(**_listed(values[name]))
     return Settings(**values)
+
+
+def _listed(fields: Mapping[str, Any]) -> dict[str, Any]:
+    # Some of the ways that settings travel on know no tuples.
+    return {
+        name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()
+    }
 
 
 def origin_environment(environment: Mapping[str, str]) -> dict[str, str]:

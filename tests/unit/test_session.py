@@ -66,6 +66,7 @@ def describe(
         address=address,
         token_path=str(folder / "gone" / "token"),
         directory=str(folder / "gone"),
+        door=str(folder / "gone" / "door"),
         version=stowray.__version__,
         protocol=session.PROTOCOL,
         python=sys.executable,
