@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -267,6 +268,35 @@ def test_a_session_serves_commands_and_is_ended_by_pid(
     assert [process for process in everything if process.is_alive] == []
     assert not Path(own_session.directory).exists()
     assert session.find_session(session.state_folder()) is None
+
+
+def test_pulls_through_one_session_share_what_a_registry_asks_for(
+    own_session: session.Session,
+    drive: Callable[..., Driver],
+    here: Path,
+    registry: FakeRegistry,
+) -> None:
+    """They share a store on the session's node; one with a store of its own shares nothing."""
+    references = []
+    for name in ("first", "second", "third"):
+        registry.add_image(f"a/{name}", "1", [archive(file("f", name.encode()))])
+        references.append(f"{registry.host}/a/{name}:1")
+    pause = 20.0
+    asked = threading.Event()
+    told = Fault(status=429, headers=(("Retry-After", f"{pause:.0f}"),), then=asked.set)
+    registry.fault("a/first/blobs/", told)
+    first = drive("auto", str(here / "one"), references[0])
+    assert first.line() == "connected True"
+    assert asked.wait(120)
+    (begun,) = [request.time for request in registry.seen("a/first/blobs/")]
+    elsewhere = drive("auto", str(here / "other"), references[2])
+    second = drive("auto", str(here / "one"), references[1])
+    for driver in (first, second, elsewhere):
+        assert driver.process.wait() == 0
+    # The plan of the second one may have been asked for before the pause was known.
+    later = [request.time - begun for request in registry.seen("a/second/blobs/")]
+    assert min(later) >= pause - 0.1
+    assert min(request.time for request in registry.seen("a/third/blobs/")) - begun < min(later)
 
 
 def test_a_session_that_is_not_up_in_time_leaves_nothing(
