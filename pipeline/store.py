@@ -137,7 +137,7 @@ class Store(BlobStore):
         from stowray.pipeline.probe import Capabilities, probe
 
         if self._capabilities is None:
-            cached = read_record_file(self.path / "capabilities.json") or {}
+            cached = self._read_capabilities()
             known = Capabilities.parse(cached.get("capabilities"))
             if known is None or (self.writable and cached.get("key") != self._probe_key()):
                 try:
@@ -149,6 +149,16 @@ class Store(BlobStore):
                         raise
             self._capabilities = known
         return self._capabilities
+
+    def _read_capabilities(self) -> dict[str, Any]:
+        """Return what an earlier probe has left, if this user may read it."""
+        try:
+            return read_record_file(self.path / "capabilities.json") or {}
+        except StorageError as error:
+            # Left by root in somebody else's store, say: what it found does not hold for us.
+            if isinstance(error.__cause__, PermissionError):
+                return {}
+            raise
 
     def _probe_key(self) -> dict[str, Any]:
         """Return what a probe's result holds for."""

@@ -133,10 +133,23 @@ def examine_store(store: Path) -> Iterator[Finding]:
         yield Finding("store", "problem", found, "upgrade stowray, or give another --store")
         return
     there = "is there" if store == place else "will be made by the first pull"
-    yield Finding("store", "ok", f"{escape(str(store))} {there}")
+    yield _owner(store) or Finding("store", "ok", f"{escape(str(store))} {there}")
     yield _privileges(capabilities)
     yield _file_system(place, capabilities)
     yield from _space(place)
+
+
+def _owner(store: Path) -> Finding | None:
+    """Return what is to be said of a store that belongs to somebody else."""
+    if not (store / "version").is_file() or store.stat().st_uid == os.geteuid():
+        return None
+    owner = store.stat().st_uid
+    return Finding(
+        "store",
+        "warn",
+        f"{escape(str(store))} belongs to user {owner}, and this is user {os.geteuid()}",
+        f"run as user {owner}: what others leave in it, its owner may not be able to read",
+    )
 
 
 def existing(path: Path) -> Path:

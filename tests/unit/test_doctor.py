@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import shutil
 import stat
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from stowray import doctor
 from stowray.cli.app import run
 from stowray.doctor_remote import is_host
+from stowray.pipeline.store import Store
 from tests.support.registry import FakeRegistry
 from tests.support.small import small_tar
 
@@ -168,3 +170,13 @@ def test_text_gives_advice_on_a_line_of_its_own(capsys, tmp_path: Path, monkeypa
     place = next(n for n, line in enumerate(lines) if line.startswith("problem registry: "))
     assert lines[place + 1].strip().startswith("→ check name, port")
     assert not any(line.startswith("ok ") for line in lines)
+
+
+@pytest.mark.root
+def test_the_store_of_another_user_is_warned_of(cli, tmp_path: Path) -> None:
+    Store.open(tmp_path / "store").close()
+    assert cli()[1]["store"]["state"] == "ok"
+    os.chown(tmp_path / "store", 65534, -1)
+    status, found, _ = cli()
+    assert (status, found["store"]["state"]) == (0, "warn")
+    assert "user 65534" in found["store"]["advice"]
