@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections import Counter
 from typing import TYPE_CHECKING
 
+import pytest
+
+from stowray.pipeline.engine import PullOptions
+from stowray.pipeline.source import parse_source
 from stowray.pipeline.store import Store
 from tests.support.command import COMMAND_SECONDS, Stowray
+from tests.support.hands import Hands
 from tests.support.invariants import check_store
+from tests.support.plain_user import plain_directory, run_plain
 from tests.support.registry import FakeRegistry, incompressible
-from tests.support.small import small_tar
+from tests.support.small import local_engine, small_tar
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -57,3 +65,122 @@ def test_each_blob_is_fetched_once_whoever_wants_it(workspace: Path) -> None:
     assert len(fetched) == 7
     assert set(fetched.values()) == {1}, fetched
     check_store(command.store)
+
+
+def test_hands_that_are_killed_beside_gc_and_rm_lose_and_damage_nothing(workspace: Path) -> None:
+    with FakeRegistry() as registry:
+        hands = Hands(workspace, registry, seed=3)
+        for _ in range(2):
+            hands.round(8)
+        hands.settle()
+
+
+PLAIN = """
+import json, sys
+from stowray.pipeline.engine import LocalEngine, PullOptions
+from stowray.pipeline.errors import StowrayError
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.settings import Settings
+from stowray.pipeline.source import parse_source
+become_plain()
+try:
+    engine = LocalEngine(Settings(store=sys.argv[1]), progress=Progress(node="plain"))
+except StowrayError as error:
+    print(json.dumps([error.exit_code]))
+    sys.exit()
+told = []
+for reference in sys.argv[2:]:
+    try:
+        told.append(engine.pull(parse_source(reference), PullOptions(unpack=False)).digest)
+    except StowrayError as error:
+        told.append(error.exit_code)
+engine.close()
+print(json.dumps(told))
+"""
+
+
+@pytest.mark.root
+def test_what_root_leaves_in_a_users_store_does_not_keep_its_owner_out() -> None:
+    base = small_tar({"base": incompressible(100_000, 1)})
+    with FakeRegistry() as registry, plain_directory() as folder:
+        digests, names = [], []
+        for number in range(4):
+            layers = [base, small_tar({f"own/{number}": b""})]
+            digests.append(registry.add_image("a/b", str(number), layers))
+            names.append(f"{registry.host}/a/b:{number}")
+        store = folder / "work" / "store"
+        assert json.loads(run_plain(PLAIN, store, names[0])) == digests[:1]
+        with local_engine(store) as engine:
+            assert engine.pull(parse_source(names[1]), PullOptions()).digest == digests[1]
+        told = json.loads(run_plain(PLAIN, store, *names))
+        # Records and locks that root has left for itself alone are refused by class.
+        assert (told[0], told[1]) == (digests[0], 7)
+        assert all(answer in (7, digest) for answer, digest in zip(told, digests, strict=True))
+        with local_engine(store) as engine:
+            assert engine.pull(parse_source(names[3]), PullOptions()).digest == digests[3]
+        check_store(store)
+        # Another user's store is closed to a plain user.
+        own = folder / "work" / "roots"
+        with local_engine(own) as engine:
+            engine.pull(parse_source(names[0]), PullOptions())
+        assert json.loads(run_plain(PLAIN, own, names[0])) == [7]
+        check_store(own)
+
+
+CREEP = """
+import gc, json, os, sys, threading
+from stowray.pipeline.engine import LocalEngine, PullOptions
+from stowray.pipeline.progress import Progress
+from stowray.pipeline.settings import Settings
+from stowray.pipeline.source import parse_source
+from stowray.pipeline.store import Store
+store, count, *names = sys.argv[1:]
+
+def now():
+    gc.collect()
+    with open("/proc/self/statm") as memory:
+        pages = int(memory.read().split()[1])
+    return {
+        "descriptors": len(os.listdir("/proc/self/fd")),
+        "threads": threading.active_count(),
+        "memory": pages * os.sysconf("SC_PAGESIZE"),
+    }
+
+told = []
+engine = LocalEngine(Settings(store=store), progress=Progress(node="creep"))
+for number in range(int(count)):
+    name = parse_source(names[number % len(names)])
+    engine.pull(name, PullOptions(policy="always"))
+    if number % 5 == 4:
+        engine.store.remove_reference(name.canonical)
+    if (number + 1) % (int(count) // 4) == 0:
+        told.append(now())
+engine.close()
+print(json.dumps(told))
+"""
+
+
+def creep(workspace: Path, pulls: int) -> list[dict[str, int]]:
+    """Pull so often in one process, and return what it holds after each quarter."""
+    with FakeRegistry() as registry:
+        names = []
+        for number in range(4):
+            layers = [small_tar({f"x/{number}/{n}": incompressible(60_000, n)}) for n in range(3)]
+            registry.add_image("a/b", str(number), layers)
+            names.append(f"{registry.host}/a/b:{number}")
+        done = subprocess.run(
+            [sys.executable, "-c", CREEP, str(workspace / "store"), str(pulls), *names],
+            stdout=subprocess.PIPE,
+            check=True,
+            timeout=COMMAND_SECONDS,
+        )
+    told: list[dict[str, int]] = json.loads(done.stdout)
+    return told
+
+
+def test_two_hundred_pulls_in_one_process_leave_nothing_behind(workspace: Path) -> None:
+    first, *_, last = creep(workspace, 200)
+    assert last["descriptors"] <= first["descriptors"]
+    assert last["threads"] <= first["threads"]
+    # Of 150 pulls not 40 kB each: what a forgotten document, answer or ingest would take.
+    assert last["memory"] - first["memory"] < 6 << 20
