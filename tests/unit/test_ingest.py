@@ -595,3 +595,27 @@ def test_an_island_that_was_cut_or_is_wrong_costs_no_more_than_the_generation(st
             ingest.write(data)
             ingest.commit()
     assert check_blobs(store.path) == {str(digest)}
+
+
+@pytest.mark.parametrize("has_room", [True, False], ids=["room", "no room"])
+def test_a_wrong_copy_is_kept_only_where_there_is_room_beside_the_right_one(
+    store: Store, has_room: bool
+) -> None:
+    data, wrong = pattern(100_000), pattern(100_000, seed=1)
+    digest = Digest.of(data)
+    with take(store, digest, len(data)) as ingest:
+        ingest.keeps_wrong = True
+        ingest.write(wrong)
+        if not has_room:
+            # As if others had filled the disk meanwhile.
+            store.reserve_bytes = 1 << 62
+        with pytest.raises(DigestMismatchError):
+            ingest.commit()
+        assert (ingest.wrong_data >= 0) is has_room
+        if has_room:
+            assert os.pread(ingest.wrong_data, len(wrong), 0) == wrong
+        store.reserve_bytes = 0
+        ingest.write(data)
+        ingest.commit()
+    assert check_blobs(store.path) == {digest}
+    assert leftovers(store.path) == []
