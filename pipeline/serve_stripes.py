@@ -22,12 +22,20 @@ from aiohttp import web
 
 from stowray.pipeline.arriving import Arriving
 from stowray.pipeline.digest import Digest
-from stowray.pipeline.errors import NotFoundError, StowrayError
+from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.fates import UNKNOWN, Fates
 from stowray.pipeline.peer_paths import ABOUT_PATH, STRIPE_PATH
 from stowray.pipeline.pieces import read_pieces
 from stowray.pipeline.serve_body import cut, send_range
 from stowray.pipeline.serve_errors import COMMON_HEADERS, RefusalError, json_answer, later
+from stowray.pipeline.stripe_standing import (
+    GIVEN_UP,
+    NOTHING,
+    close_unclaimed,
+    open_begun,
+    standing,
+    standing_of,
+)
 from stowray.pipeline.stripe_state import STRIPE_LIMIT
 from stowray.pipeline.stripes import Stripe
 from stowray.pipeline.values import dataclass
@@ -47,16 +55,6 @@ Value = TypeVar("Value")
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.02
 _FIRST_LOOK, _LONGEST_LOOK = 0.005, 0.1
 _LIFE_SECONDS = 0.25
-_GIVEN_UP = "given up"
-_NOTHING: dict[str, object] = {
-    "have": 0,
-    "upstream": None,
-    "generation": 0,
-    "complete": False,
-    "given_up": False,
-    "fate": UNKNOWN,
-    "pace": 0.0,
-}
 
 
 @dataclass(slots=True)
@@ -321,14 +319,14 @@ class StripeAnswers:
 
     async def _open(self, blob: _Blob) -> None:
         opening = asyncio.get_running_loop().run_in_executor(
-            self._lookups, _open_begun, self._store, blob.digest
+            self._lookups, open_begun, self._store, blob.digest
         )
         try:
             found = await asyncio.shield(opening)
         except asyncio.CancelledError:
-            opening.add_done_callback(_close_unclaimed)
+            opening.add_done_callback(close_unclaimed)
             raise
-        blob.is_given_up = found is _GIVEN_UP
+        blob.is_given_up = found is GIVEN_UP
         if isinstance(found, Arriving):
             blob.arriving = found
             self._fates.note(blob.digest, found.state)
@@ -340,12 +338,12 @@ class StripeAnswers:
     ) -> dict[str, object]:
         blob = self._blobs.get(digest)
         if blob is not None and blob.arriving is not None:
-            told = _told(blob.arriving, division, generation)
+            told = standing_of(blob.arriving, division, generation)
         elif blob is not None and not blob.has_begun and blob.watch is not None:
             # It is looked for all the time.
-            told = {**_NOTHING, "given_up": blob.is_given_up}
+            told = {**NOTHING, "given_up": blob.is_given_up}
         else:
-            told = await self._in_pool(_have, self._store, digest, division, generation)
+            told = await self._in_pool(standing, self._store, digest, division, generation)
         if told["fate"] == UNKNOWN:
             told["fate"] = self._fates.of(digest, generation)
         return told
@@ -381,64 +379,3 @@ def _number(request: web.BaseRequest, name: str) -> int:
     if not (text.isascii() and text.isdecimal() and len(text) < 20):
         raise RefusalError(400, "RANGE_INVALID", "no such position")
     return int(text)
-
-
-def _open_begun(store: Store, digest: Digest) -> Arriving | int | str | None:
-    """Open the committed blob, else what a live writer is writing; see whether it was given up."""
-    for _ in range(2):
-        try:
-            return store.open_blob(digest)
-        except NotFoundError:
-            arriving = Arriving.open(store, digest)
-        if arriving is not None:
-            if arriving.writer_lives() and not arriving.is_committed:
-                return arriving
-            is_given_up = arriving.is_given_up
-            arriving.close()
-            if is_given_up:
-                return _GIVEN_UP
-        # Between the two questions it may have been committed: ask once more.
-    return None
-
-
-def _close_unclaimed(future: asyncio.Future[Arriving | int | str | None]) -> None:
-    """Close what was opened for clients who have left meanwhile."""
-    if future.cancelled() or future.exception() is not None:
-        return
-    found = future.result()
-    if isinstance(found, Arriving):
-        found.close()
-    elif isinstance(found, int):
-        os.close(found)
-
-
-def _have(
-    store: Store, digest: Digest, division: tuple[int, int, int], generation: int
-) -> dict[str, object]:
-    """Return how far a stripe is on this node, and whom it is read from."""
-    found = _open_begun(store, digest)
-    if not isinstance(found, Arriving | int):
-        return {**_NOTHING, "given_up": found is _GIVEN_UP}
-    if isinstance(found, Arriving):
-        try:
-            return _told(found, division, generation)
-        finally:
-            found.close()
-    try:
-        stripe = Stripe(os.fstat(found).st_size, *division)
-    finally:
-        os.close(found)
-    return {**_NOTHING, "have": stripe.length, "complete": True}
-
-
-def _told(arriving: Arriving, division: tuple[int, int, int], generation: int) -> dict[str, object]:
-    stripe = Stripe(arriving.size, *division)
-    return {
-        "have": arriving.position(stripe),
-        "upstream": arriving.upstream(stripe),
-        "pace": arriving.pace(stripe),
-        "generation": arriving.generation,
-        "complete": arriving.is_committed,
-        "given_up": False,
-        "fate": arriving.fate(generation),
-    }

@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.pieces import Range
+    from stowray.pipeline.spread_claims import Claim
     from stowray.pipeline.spread_job import Job
-    from stowray.pipeline.spread_stream import Claim, StripeStream
+    from stowray.pipeline.spread_stream import StripeStream
 
 # More nodes than these are not asked for one blob, and fewer yet have to read it for this one.
 _ASKED_LIMIT: Final = 24

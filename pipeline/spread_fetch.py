@@ -20,9 +20,10 @@ from stowray.pipeline.registry import never
 from stowray.pipeline.retry import wait
 from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread_blame import Inquiry
+from stowray.pipeline.spread_claims import VoidError
 from stowray.pipeline.spread_job import Job
 from stowray.pipeline.spread_shared import Shared
-from stowray.pipeline.spread_stream import StripeStream, VoidError
+from stowray.pipeline.spread_stream import StripeStream
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

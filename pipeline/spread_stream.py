@@ -26,11 +26,11 @@ from stowray.pipeline.source_actions import (
     Probe,
 )
 from stowray.pipeline.source_choice import SourceChoice
+from stowray.pipeline.spread_claims import NO_CLAIM, Claim, VoidError
 from stowray.pipeline.spread_job import Job, label
 from stowray.pipeline.spread_leases import stripe_key
 from stowray.pipeline.spread_origin import Lease, OriginReader
 from stowray.pipeline.spread_shared import OWNER_ERRORS
-from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -48,21 +48,6 @@ _HUNGER: Final = 2.0
 _SUSPECT_SECONDS: Final = 0.1
 # So many nodes that gave a blob up, as the origin has wrong bytes of it, are believed.
 _BELIEVED: Final = 2
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """What a source says of the bytes that it gives: their generation, and if they are proven."""
-
-    generation: int
-    complete: bool
-
-
-NO_CLAIM: Final = Claim(0, False)
-
-
-class VoidError(Exception):
-    """A source found its bytes wrong before this node could: those here are the same."""
 
 
 class StripeStream:
