@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import gc
 import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from stowray.actors.embedded import RayAddress
 
 HERE = Path(__file__).parent
+PROGRAM = Path(sys.executable).parent / "stowray"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -121,3 +124,25 @@ def drive(four_nodes: RayCluster, workspace: Path) -> Iterator[Callable[..., Dri
     yield begin
     for driver in drivers:
         driver.end()
+
+
+@pytest.fixture
+def start(four_nodes: RayCluster, workspace: Path) -> Callable[..., subprocess.Popen[str]]:
+    """Begin the command on the four nodes, their stores in this test's folder."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("RAY_", "XDG_", "STOWRAY_"))
+    }
+
+    def begin(*arguments: str | Path, progress: str = "none") -> subprocess.Popen[str]:
+        common = ["--address", four_nodes.address, "--store", str(workspace / "{node}")]
+        return subprocess.Popen(
+            [str(PROGRAM), *common, "--progress", progress, *map(str, arguments)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env={**kept, **four_nodes.environment, "XDG_RUNTIME_DIR": str(workspace)},
+        )
+
+    return begin

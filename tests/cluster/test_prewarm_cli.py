@@ -7,10 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pytest
 
 from stowray.pipeline.lock_file import read_lock
 from stowray.pipeline.prewarm_report import PrewarmReport
@@ -19,34 +16,13 @@ from tests.cluster.prewarm import add_image
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
 
-PROGRAM = Path(sys.executable).parent / "stowray"
 NODES = ["n0", "n1", "n2", "n3"]
 SECONDS = 240.0
-
-
-@pytest.fixture
-def start(four_nodes: RayCluster, workspace: Path) -> Callable[..., subprocess.Popen[str]]:
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith(("RAY_", "XDG_", "STOWRAY_"))
-    }
-
-    def begin(*arguments: str | Path, progress: str = "none") -> subprocess.Popen[str]:
-        common = ["--address", four_nodes.address, "--store", str(workspace / "{node}")]
-        return subprocess.Popen(
-            [str(PROGRAM), *common, "--progress", progress, *map(str, arguments)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**kept, **four_nodes.environment, "XDG_RUNTIME_DIR": str(workspace)},
-        )
-
-    return begin
 
 
 def finish(process: subprocess.Popen[str]) -> tuple[int, str, str]:
