@@ -13,6 +13,7 @@ import click
 from stowray.cli.context import command
 from stowray.cli.observe import metrics_option, observe_run
 from stowray.cli.running import Running
+from stowray.pipeline.errors import StowrayError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -145,7 +146,13 @@ def prewarm_command(
     outputs = Outputs(reports, receipts)
     with Running(context, ui=ui) as running:
         run = running.make(plan, file, lock, watch=watch)
-        report = run.run(running.cancelled)
+        try:
+            report = run.run(running.cancelled)
+        except StowrayError:
+            # The cluster's head is dead, say: how far it got is worth knowing all the more.
+            if running.reached is not None:
+                outputs.write(running.reached)
+            raise
     code = tell(context, report, outputs)
     observe_run(context, report, metrics)
     return code

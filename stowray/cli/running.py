@@ -26,6 +26,7 @@ class Running:
 
     With ``ui`` the run is shown live in browsers that open the address which is told on stderr.
     Ctrl-C (or SIGTERM) once cancels it and waits for its report, twice leaves at once.
+    ``reached`` is the report so far; None while nothing is known.
     """
 
     def __init__(self, context: Context, *, ui: str | None = None) -> None:
@@ -47,6 +48,7 @@ class Running:
         if self._log is not None:
             self.progress.watch(self._log.events)
         self._run: Run | None = None
+        self.reached: PrewarmReport | None = None
         if self._ui is not None:
             self.progress.watch(self._ui.see)
 
@@ -88,6 +90,7 @@ class Running:
         return run
 
     def _report(self, report: PrewarmReport) -> None:
+        self.reached = report
         self._display.report(report)
         if self._log is not None:
             self._log.report(report)
