@@ -1,9 +1,9 @@
 """A pre-warm run as the parts of its live page.
 
-Invariant: the run's own threads only leave word (a report, or events that are counted); all drawing
-is done when somebody looks, by the one thread that asks for it, and what is drawn is bounded
-however many nodes there are: rows, lines of trouble, a timeline that is renewed the more rarely the
-larger it is.
+Invariant: the run's own threads only leave word, and wait for nothing but that; all counting and
+drawing is done by the one thread that asks for it, drawing only when somebody looks, and what is
+drawn is bounded however many nodes there are: rows, lines of trouble, a timeline that is renewed
+the more rarely the larger it is.
 """
 
 from __future__ import annotations
@@ -51,6 +51,7 @@ class LivePage:
         self.over = False
         self._clock = clock
         self._lock = threading.Lock()
+        self._inbox: list[tuple[float, Sequence[Event]]] = []
         self._latest = PrewarmReport()
         self._latest_at = clock.monotonic()
         self._picture = PrewarmPicture(clock)
@@ -64,27 +65,38 @@ class LivePage:
 
     def see(self, events: Sequence[Event]) -> None:
         """Take in changed events."""
-        self._picture.see(events)
         with self._lock:
-            self._spans.see(events, self._clock.monotonic())
+            self._inbox.append((self._clock.monotonic(), events))
 
     def take(self, report: PrewarmReport) -> None:
         """Keep the report so far for when somebody looks."""
         with self._lock:
-            if self._latest.run and report.run != self._latest.run:
-                self._spans.clear()
             self._latest = report
             self._latest_at = self._clock.monotonic()
 
     # -- the thread that draws --------------------------------------------------------------------
 
-    def draw(self) -> None:
-        """Bring the parts up to date."""
+    def gather(self) -> PrewarmReport:
+        """Take in what the run has left since the last time, and return the last report.
+
+        To be called now and then also while nobody looks: what is left takes memory.
+        """
         with self._lock:
             report, at = self._latest, self._latest_at
+            inbox, self._inbox = self._inbox, []
         if report is not self._picture.report:
+            if self._picture.report.run and report.run != self._picture.report.run:
+                self._spans.clear()
             self._began = at - report.seconds
             self._picture.take(report)
+        for moment, events in inbox:
+            self._picture.see(events)
+            self._spans.see(events, moment)
+        return report
+
+    def draw(self) -> None:
+        """Bring the parts up to date."""
+        report = self.gather()
         figures = self._picture.figures()
         self._draw_head(report, figures)
         self._draw_matrix(report)
@@ -103,7 +115,17 @@ class LivePage:
 
     def html(self) -> str:
         """Return the whole document as it is now."""
-        names = ("title", "about", "verdict", "bar", "figures", "heard", "matrix", "trouble", "time")
+        names = (
+            "title",
+            "about",
+            "verdict",
+            "bar",
+            "figures",
+            "heard",
+            "matrix",
+            "trouble",
+            "time",
+        )
         parts = {name: self.parts.get(name) for name in (*names, "final")}
         rows = [
             self.parts.get(f"row-{slot}").replace("<tr>", f'<tr data-row="{slot}">', 1)
@@ -182,8 +204,7 @@ class LivePage:
         now = self._clock.monotonic()
         if now < self._timeline_due:
             return
-        with self._lock:
-            spans, places = self._spans.merged(report, self._began)
+        spans, places = self._spans.merged(report, self._began)
         drawn = timelines(
             replace(report, spans=spans),
             going=Going(self._now(), places),

@@ -62,7 +62,6 @@ class UiServer:
         self._is_token = is_token
         self._limits = limits
         self._changed = asyncio.Event()
-        self._wanted = asyncio.Event()
         self._finished = asyncio.Event()
         self._streams = 0
 
@@ -124,10 +123,12 @@ class UiServer:
 
     async def _draw(self) -> None:
         while True:
-            await self._wanted.wait()
             began = time.monotonic()
-            self._page.draw()
-            self._tell()
+            if self._streams:
+                self._page.draw()
+                self._tell()
+            else:
+                self._page.gather()
             took = time.monotonic() - began
             await asyncio.sleep(max(self._limits.frame_seconds, took * DRAWING_SHARE))
 
@@ -164,7 +165,6 @@ class UiServer:
         self._streams += 1
         reader = self._page.parts.reader(since)
         try:
-            self._wanted.set()
             with suppress(ConnectionError):
                 await response.prepare(request)
                 if request.method == "GET":
@@ -177,8 +177,6 @@ class UiServer:
         finally:
             self._page.parts.leave(reader)
             self._streams -= 1
-            if not self._streams:
-                self._wanted.clear()
         return response
 
     async def _follow(self, response: web.StreamResponse, take: Callable[[], Any]) -> None:
