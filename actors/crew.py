@@ -64,6 +64,10 @@ class Pools:
     fetchers: Pool[Any]
     unpackers: Pool[Any]
 
+    def present(self) -> list[Member[Any]]:
+        """Return the members of both that were made and not lost."""
+        return [*self.fetchers.present(), *self.unpackers.present()]
+
     def close(self) -> None:
         """End all members of both."""
         self.fetchers.close()

@@ -21,6 +21,7 @@ from stowray.actors import cluster, frames
 from stowray.actors.crew import ActorCrew, Pools
 from stowray.actors.engines import NodeEngine, Stores
 from stowray.actors.lifeline import LEAVE_SECONDS, Lifeline, leave_now
+from stowray.actors.member_watch import MemberWatch
 from stowray.actors.node_run import NodeRun
 from stowray.actors.pool import Pool
 from stowray.actors.processes import Process
@@ -85,6 +86,7 @@ class NodeActor:
                 lazy=lazy,
             ),
         )
+        self._watch = MemberWatch(self._pools.present, lambda actor: actor.pid.remote().future())
         self._syncer = _Syncer(self._tasks) if stays else None
 
     @ray.method(concurrency_group="control")

@@ -81,6 +81,11 @@ class Pool(Generic[Actor]):
             self._replace_lost()
             return list(self._members)
 
+    def present(self) -> list[Member[Actor]]:
+        """Return the members that were made and not lost; makes none."""
+        with self._lock:
+            return [member for member in self._members if not (member.is_lost or self._closed)]
+
     def close(self) -> None:
         """End all members."""
         with self._lock:
