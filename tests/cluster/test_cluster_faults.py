@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tests.support.ray_cluster import RayCluster
     from tests.support.registry import FakeRegistry
 
-NAMES = ("h0", "h1", "h2")
+# As three of the cluster that outlives the tests: a run there goes on in their stores.
+NAMES = ("n0", "n1", "n2")
 # Raylets outlive their head for longer than the test: who ends before has ended by itself.
 PATIENT = {"gcs_rpc_server_reconnect_timeout_s": 600}
 Until = "Callable[[Callable[[], bool]], None]"
@@ -44,13 +45,17 @@ def driving(cluster: RayCluster, folder: Path, *references: str, **wanted: Any) 
 
 @pytest.mark.parametrize("also_driver", [False, True], ids=["head", "head-and-driver"])
 def test_nothing_outlives_a_dead_head_and_the_next_run_goes_on(
-    registry: FakeRegistry, source: Origin, workspace: Path, until: Until, also_driver: bool
+    drive: Callable[..., Driver],
+    registry: FakeRegistry,
+    source: Origin,
+    workspace: Path,
+    until: Until,
+    also_driver: bool,
 ) -> None:
     reference, path = add_held(registry, source)
-    for name in ("first", "second"):
-        (workspace / name).mkdir()
+    (workspace / "dying").mkdir()
     with (
-        ray_cluster(workspace / "first", NAMES, system=PATIENT) as cluster,
+        ray_cluster(workspace / "dying", NAMES, system=PATIENT) as cluster,
         driving(cluster, workspace, reference) as driver,
     ):
         until(lambda: all(arrived(workspace, name) >= HELD * 2 // 3 for name in NAMES))
@@ -75,11 +80,7 @@ def test_nothing_outlives_a_dead_head_and_the_next_run_goes_on(
             # One that Ray ended before it could tidy leaves a lease that nobody is bound by.
             assert not any(map(locked_elsewhere, (workspace / name / "leases").iterdir()))
     source.hold_after(None)
-    with (
-        ray_cluster(workspace / "second", NAMES) as cluster,
-        driving(cluster, workspace, reference) as driver,
-    ):
-        code, report = driver.finish()
+    code, report = drive(reference, plan={"nodes.names": list(NAMES)}).finish()
     assert code == 0, report
     assert states(report) == dict.fromkeys(NAMES, "ready")
     assert registry.seen(path)[-1].range is not None, "what was fetched is fetched again"
@@ -94,6 +95,7 @@ def test_a_fault_at_a_random_moment(four_nodes: RayCluster, workspace: Path, fau
     Rounds(four_nodes, workspace, seed).carry_out(0, fault)
 
 
+@pytest.mark.parametrize("kind", ["NodeActor", "FetchActor"])
 def test_an_actor_that_stands_still_is_replaced(
     drive: Callable[..., Driver],
     registry: FakeRegistry,
@@ -101,15 +103,16 @@ def test_an_actor_that_stands_still_is_replaced(
     four_nodes: RayCluster,
     workspace: Path,
     until: Until,
+    kind: str,
 ) -> None:
     reference, _ = add_held(registry, source)
     driver = drive(reference)
     names = four_nodes.names
     until(lambda: all(arrived(workspace, name) > 256 * 1024 for name in names))
-    (victim,) = ours(four_nodes, "n1", "NodeActor")
+    (victim,) = ours(four_nodes, "n1", kind)
     os.kill(victim, signal.SIGSTOP)
     try:
-        until(lambda: ours(four_nodes, "n1", "NodeActor") not in ([], [victim]))
+        until(lambda: ours(four_nodes, "n1", kind) not in ([], [victim]))
         source.hold_after(None)
         code, report = driver.finish()
         assert code == 0, json.dumps(report)
