@@ -2,8 +2,9 @@
 
 A made-up run of so many nodes and four images tells events ten times a second and a report twice,
 as a driver does; so many browsers follow it over real sockets, one of them hanging. Ends with one
-JSON line: how long the run's own calls took, messages and bytes to each browser per second, the largest
-message, the document's size, the processor time of the whole process, and how long the end took.
+JSON line: how long the run's own calls took, messages and bytes to each browser per second, the
+largest message, the document's size, the processor time of the whole process, and how long the end
+took.
 """
 
 from __future__ import annotations
