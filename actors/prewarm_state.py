@@ -56,6 +56,8 @@ class RunState:
     interrupted: bool = False
     changed: bool = True
     started: float = field(default_factory=time.time)
+    # The clock of the wall may be set while the run goes on.
+    _begun: float = field(default_factory=time.monotonic)
     # What is said of pulls that are not over, and was of those that nothing more was heard of.
     _under_way: dict[str, tuple[str, Sequence[Mapping[str, Any]], float]] = field(
         default_factory=dict
@@ -65,7 +67,7 @@ class RunState:
     @property
     def seconds(self) -> float:
         """How long the run has gone on."""
-        return time.time() - self.started
+        return time.monotonic() - self._begun
 
     def update_node(self, name: str, **changes: Any) -> None:
         """Change a node's row, made if there is none."""

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 from hypothesis import given
@@ -42,6 +43,12 @@ def begun() -> RunState:
 def span_of(state: RunState) -> BlobSpan:
     (span,) = state.report().spans
     return span
+
+
+def test_how_long_a_run_takes_does_not_depend_on_the_clock_of_the_wall() -> None:
+    """Set by an hour, whichever way, it neither ends a run with a deadline nor lets it go on."""
+    for step in (-3600.0, 3600.0):
+        assert 0.0 <= RunState("run", "prewarm", 1.0, started=time.time() + step).seconds < 1800.0
 
 
 def test_a_pull_of_which_nothing_more_is_heard_counts_with_what_it_said_last() -> None:
