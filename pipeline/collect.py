@@ -20,7 +20,7 @@ from stowray.pipeline.digest import HEX_LENGTHS, Digest
 from stowray.pipeline.errors import InvalidDigestError, NotFoundError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import TEMPORARY, make_directory, translated
-from stowray.pipeline.ingest import discard_ingest
+from stowray.pipeline.ingest_home import discard_ingest
 from stowray.pipeline.leases import LOCK, LOCK_SECONDS, leases
 from stowray.pipeline.leftovers import is_abandoned, sweep_leftovers
 from stowray.pipeline.locks import is_current, open_lock, try_lock

@@ -20,7 +20,7 @@ from stowray.pipeline.errors import (
     StorageError,
 )
 from stowray.pipeline.files import translated
-from stowray.pipeline.ingest import GenerationChanged
+from stowray.pipeline.ingest_home import GenerationChanged
 from stowray.pipeline.ingeststate import COMMITTED, IngestState, boot_key
 from stowray.pipeline.locks import is_current, try_lock, unlock
 

@@ -12,61 +12,34 @@ only where a blob comes in stripes (``stripe_state``).
 from __future__ import annotations
 
 import os
-import threading
 import time
-from bisect import bisect_left
 from contextlib import suppress
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import make_directory, storage_error, translated
+from stowray.pipeline.ingest_home import discard_ingest, free_bytes
 from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, GROWING, IngestState, boot_key
 from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
 from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
+from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY, PrefixDigest
 from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
+from stowray.pipeline.written_ranges import WrittenRanges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
     from types import TracebackType
 
-    from stowray.pipeline.clock import Boot
     from stowray.pipeline.digest import Digest
+    from stowray.pipeline.ingest_home import IngestHome
 
-CHECKPOINT_EVERY = 8 << 20
 SMALLEST_ISLAND = 4 << 10
-_READ_SIZE = 1 << 20
 _LIFE_SIGN_ATTEMPTS = 1000
 
 
-class GenerationChanged(Exception):  # noqa: N818 - a signal to begin again, not an error
-    """The bytes read so far are void: drop what was made of them and call ``rewind()``."""
-
-
-class Home(Protocol):
-    """What an ingest needs of its store."""
-
-    boot: Boot
-    reserve_bytes: int
-
-    def ingest_path(self, digest: Digest) -> Path:
-        """Return the directory of a digest's ingest."""
-
-    def blob_path(self, digest: Digest) -> Path:
-        """Return the path of a committed blob."""
-
-    def has(self, digest: Digest, size: int | None = None) -> bool:
-        """Say whether the blob is committed and trusted."""
-
-    def void_proof(self, digest: Digest) -> None:
-        """Forget that a blob was proven, before other bytes take its name."""
-
-    def record_blob(self, digest: Digest, size: int, repository: str = "") -> None:
-        """Record that the committed blob has just been proven, and who (if named) served it."""
-
-
-def acquire(home: Home, digest: Digest, size: int) -> Ingest | None:
+def acquire(home: IngestHome, digest: Digest, size: int) -> Ingest | None:
     """Become the writer of ``digest`` without waiting; None when another live writer is."""
     directory = home.ingest_path(digest)
     with translated(directory, "begin an ingest"):
@@ -98,7 +71,9 @@ def acquire(home: Home, digest: Digest, size: int) -> Ingest | None:
 class Ingest:
     """The one writer of a blob; a context manager that keeps the partial for the next one."""
 
-    def __init__(self, home: Home, digest: Digest, size: int, directory: Path, lock: int) -> None:
+    def __init__(
+        self, home: IngestHome, digest: Digest, size: int, directory: Path, lock: int
+    ) -> None:
         """Take over the held ``lock``; use ``acquire``."""
         self.digest = digest
         self.repository = ""  # on whose behalf it is fetched, for the blob's record
@@ -117,15 +92,11 @@ class Ingest:
         self._stripes: StripeState | None = None
         self._journal: Journal | None = None
         self._data = -1
-        self._hasher = digest.hasher()
-        self._prefix = 0
-        self._hashed = 0
-        self._checkpoint = 0
         self._reserved = 0
-        self._islands: list[tuple[int, int]] = []  # written or being written beyond the prefix
-        self._done: set[tuple[int, int]] = set()
-        self._guard = threading.Lock()
-        self._hashing = threading.Lock()
+        self._ranges = WrittenRanges()
+        self._hash = PrefixDigest(
+            digest.hasher(), lambda: self._ranges.prefix, self._read_back, self._keep_checkpoint
+        )
         self._finished = False
         self._is_given_up = False
 
@@ -136,7 +107,7 @@ class Ingest:
         if self._home.has(self.digest, self.size):
             # Committed between the caller's look and our lock: nothing to write.
             self._finished = True
-            self._prefix = self._hashed = self.size
+            self._ranges.reset(self.size)
             self._remove()
             return True
         with translated(self._directory, "open an ingest"):
@@ -172,9 +143,9 @@ class Ingest:
                 # The exact end, so that a later resume has proof up to here. On a full disk there
                 # is none, and the resume goes back to the last checkpoint.
                 with suppress(StorageError):
-                    self._catch_up(None, 0, wait=True)
-                    self._note(self._journal)
-                if self._prefix == 0 and not self._islands and not self._is_given_up:
+                    self._hash.catch_up(wait=True)
+                    self._hash.note()
+                if self._ranges.is_empty and not self._is_given_up:
                     self._remove()
         finally:
             with translated(self._directory, "close an ingest"):
@@ -202,11 +173,11 @@ class Ingest:
     @property
     def offset(self) -> int:
         """How many bytes from the start are there: where the next ``write`` goes."""
-        return self._prefix
+        return self._ranges.prefix
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Append ``data``, expose it to followers and hash it in this thread."""
-        self.write_at(self._prefix, data)
+        self.write_at(self._ranges.prefix, data)
 
     def write_at(self, offset: int, data: bytes | bytearray | memoryview) -> None:
         """Write ``data`` at ``offset``; only the contiguous prefix is exposed.
@@ -221,16 +192,15 @@ class Ingest:
             # Others fill the disk as well: stop before it is full for everybody.
             self._reserved = offset
             self._reserve()
-        for start, end in self._claim(offset, offset + len(view)):
+        for start, end in self._ranges.claim(offset, offset + len(view)):
             part = view[start - offset : end - offset]
             try:
                 self._put(part, start)
             except BaseException:
-                with self._guard:
-                    self._islands.remove((start, end))
+                self._ranges.give_back((start, end))
                 raise
-            if self._expose(start, end):
-                self._catch_up(part, start)
+            if self._ranges.note((start, end), self._expose):
+                self._hash.catch_up(part, start, wait=False)
             elif end - start >= SMALLEST_ISLAND and self._journal is not None:
                 # A writer that dies leaves it to the next one.
                 with translated(self._directory, "write the journal"):
@@ -241,15 +211,7 @@ class Ingest:
 
         What a thread is writing just now counts as there, except with ``written``.
         """
-        with self._guard:
-            at = max(start, self._prefix)
-            for left, right in self._islands:
-                if written and (left, right) not in self._done:
-                    continue
-                if left > at:
-                    return (at, min(left, end)) if at < end else None
-                at = max(at, right)
-            return (at, end) if at < end else None
+        return self._ranges.gap(start, end, written=written)
 
     def read(self, start: int, length: int) -> bytes:
         """Return bytes that have been written in this generation."""
@@ -279,9 +241,9 @@ class Ingest:
         """Give up the bytes so far, which proved wrong: a new generation begins at offset 0."""
         if self._state is None:
             raise StorageError(str(self._directory), "this ingest is over: acquire it again")
-        if self._prefix == 0 and not self._islands:
+        if self._ranges.is_empty:
             return
-        with self._guard, self._hashing, translated(self._directory, "begin a new generation"):
+        with translated(self._directory, "begin a new generation"):
             if self._journal is not None:
                 self.condemned = self.checkpoints()
             self.drop_wrong()
@@ -311,10 +273,10 @@ class Ingest:
         """
         if self._finished:
             return
-        if self._prefix != self.size:
-            raise SizeMismatchError(str(self.digest), self.size, self._prefix)
-        self._catch_up(None, 0, wait=True)
-        actual = f"{self.digest.algorithm}:{self._hasher.hexdigest()}"
+        if self.offset != self.size:
+            raise SizeMismatchError(str(self.digest), self.size, self.offset)
+        self._hash.catch_up(wait=True)
+        actual = f"{self.digest.algorithm}:{self._hash.hexdigest()}"
         if actual != self.digest:
             self.restart()
             raise DigestMismatchError(str(self.digest), str(self.digest), actual)
@@ -343,23 +305,6 @@ class Ingest:
     def _data_path(self) -> Path:
         return self._directory / f"data.{self.generation}"
 
-    def _claim(self, start: int, end: int) -> list[tuple[int, int]]:
-        """Return the parts of a range that nobody has written or is writing, and claim them."""
-        with self._guard:
-            parts: list[tuple[int, int]] = []
-            at = max(start, self._prefix)
-            for left, right in self._islands:
-                if left >= end:
-                    break
-                if left > at:
-                    parts.append((at, left))
-                at = max(at, right)
-            if at < end:
-                parts.append((at, end))
-            for part in parts:
-                self._islands.insert(bisect_left(self._islands, part), part)
-            return parts
-
     def _put(self, view: memoryview, offset: int) -> None:
         while view:
             try:
@@ -374,58 +319,21 @@ class Ingest:
             view = view[written:]
             offset += written
 
-    def _expose(self, start: int, end: int) -> bool:
-        """Take note of a written range; return whether the prefix goes beyond its start now."""
-        with self._guard:
-            self._done.add((start, end))
-            while self._islands and self._islands[0] in self._done:
-                if self._islands[0][0] != self._prefix:
-                    break
-                part = self._islands.pop(0)
-                self._done.discard(part)
-                self._prefix = part[1]
-            if self._state is not None:
-                try:
-                    self._state.expose(self._prefix)
-                except OSError as error:
-                    raise storage_error(error, self._directory, "tell how far it is") from error
-            return self._prefix > start
+    def _expose(self, prefix: int) -> None:
+        if self._state is not None:
+            with translated(self._directory, "tell how far it is"):
+                self._state.expose(prefix)
 
-    def _catch_up(self, view: memoryview | None, start: int, *, wait: bool = False) -> None:
-        """Hash up to the prefix: from memory where ``view`` goes on, else back from the file."""
-        while self._hashed < self._prefix:
-            if not self._hashing.acquire(blocking=wait):
-                return  # the thread that is hashing sees our bytes when it looks again
-            try:
-                while self._hashed < self._prefix:
-                    if view is not None and start == self._hashed:
-                        self._feed(view)
-                        view = None
-                        continue
-                    length = min(_READ_SIZE, self._prefix - self._hashed)
-                    part = os.pread(self._data, length, self._hashed)
-                    if not part:
-                        raise StorageError(str(self._data_path), "was cut short by another program")
-                    self._feed(memoryview(part))
-            finally:
-                self._hashing.release()
+    def _read_back(self, offset: int, length: int) -> bytes:
+        part = os.pread(self._data, length, offset)
+        if not part:
+            raise StorageError(str(self._data_path), "was cut short by another program")
+        return part
 
-    def _feed(self, view: memoryview) -> None:
-        while view:
-            due = self._checkpoint + CHECKPOINT_EVERY - self._hashed
-            part, view = view[:due], view[due:]
-            self._hasher.update(part)
-            self._hashed += len(part)
-            if len(part) == due and self._journal is not None:
-                self._note(self._journal)
-
-    def _note(self, journal: Journal) -> None:
-        if self._hashed == self._checkpoint:
-            return
-        digest = self._hasher.copy().digest()
-        with translated(self._directory, "write the journal"):
-            journal.append_checkpoint(Checkpoint(self.generation, self._hashed, digest))
-        self._checkpoint = self._hashed
+    def _keep_checkpoint(self, offset: int, digest: bytes) -> None:
+        if self._journal is not None:
+            with translated(self._directory, "write the journal"):
+                self._journal.append_checkpoint(Checkpoint(self.generation, offset, digest))
 
     def _resume(self, state: IngestState) -> None:
         journal = self._journal
@@ -445,7 +353,7 @@ class Ingest:
         exposed = state.prefix
         # On the same boot the page cache has what was written; else only checkpoints are proof.
         same_boot = history.boot == (self._home.boot.boot_id, self._home.boot.host)
-        kept, self._hasher = prove_prefix(
+        kept, hasher = prove_prefix(
             self._data, self.digest, history.checkpoints, exposed, tail=same_boot
         )
         # Islands may lack from the disk after a crash, and bytes that are wrong make doubtful
@@ -461,18 +369,13 @@ class Ingest:
             self.generation = generation + 1
             old.rename(self._data_path)
         os.ftruncate(self._data, islands[-1][1] if islands else kept)
-        self._prefix = self._hashed = self._checkpoint = kept
         journal.rewrite(self.generation, self._home.boot, history.until(kept), islands)
-        self._checkpoint = history.last(kept)
+        self._hash.reset(hasher, kept, history.last(kept))
+        self._ranges.reset(kept, islands)
         self.is_resumed = bool(kept or islands)
-        self._islands = islands
-        self._done = set(islands)
-        if islands and islands[0][0] == kept:
-            self._prefix = self._islands.pop(0)[1]
-            self._done.discard((kept, self._prefix))
-            self._catch_up(None, 0, wait=True)
-        self._note(journal)
-        state.expose(self._prefix)
+        self._hash.catch_up(wait=True)
+        self._hash.note()
+        state.expose(self._ranges.prefix)
         state.set_status(GROWING, self._boot)
 
     def _begin(self, state: IngestState, generation: int) -> None:
@@ -494,44 +397,26 @@ class Ingest:
             if entry != self._data_path:
                 with suppress(FileNotFoundError):
                     entry.unlink()
-        self._hasher = self.digest.hasher()
-        self._prefix = self._hashed = self._checkpoint = 0
-        self._islands.clear()
-        self._done.clear()
+        self._ranges.reset(0)
+        self._hash.reset(self.digest.hasher())
         if self._journal is not None:
             self._journal.rewrite(generation, self._home.boot, [], [])
 
     def _reserve(self) -> None:
         """Refuse before the first byte what the disk has no room for; nothing is allocated."""
-        with translated(self._directory, "ask for free space"):
-            system = os.statvfs(self._directory)
-        needed = self.size - self._prefix
-        free = system.f_bavail * system.f_frsize
-        if needed and system.f_blocks and free < needed + self._home.reserve_bytes:
+        needed, reserve = self.size - self.offset, self._home.reserve_bytes
+        free = free_bytes(self._directory)
+        if needed and free is not None and free < needed + reserve:
             raise StorageError(
                 str(self._directory.parent.parent),
-                f"{self.digest} needs {needed} more bytes, {free} are free and "
-                f"{self._home.reserve_bytes} stay in reserve: free space (`stowray gc`) or choose "
-                "another --store",
+                f"{self.digest} needs {needed} more bytes, {free} are free and {reserve} stay in "
+                "reserve: free space (`stowray gc`) or choose another --store",
             )
 
     def _has_room(self, size: int) -> bool:
-        system = os.statvfs(self._directory)
-        free = system.f_bavail * system.f_frsize
-        return not system.f_blocks or free >= size + self._home.reserve_bytes
+        free = free_bytes(self._directory)
+        return free is None or free >= size + self._home.reserve_bytes
 
     def _remove(self) -> None:
         with translated(self._directory, "remove an ingest"):
             discard_ingest(self._directory)
-
-
-def discard_ingest(directory: Path) -> None:
-    """Remove an ingest whose lock is held: the lock last, so that the next locker finds it gone."""
-    for entry in list(directory.iterdir()):
-        if entry.name != "lock":
-            entry.unlink(missing_ok=True)
-    failpoint("ingest-before-unlock")
-    (directory / "lock").unlink(missing_ok=True)
-    # A new writer may have made its own lock file in between: then the directory is its.
-    with suppress(OSError):
-        directory.rmdir()

@@ -42,7 +42,7 @@ def prove_diff_id(
     For a blob whose layer need not be staged, because another blob brought the same one.
     """
     from stowray.pipeline.compress import decompress
-    from stowray.pipeline.ingest import GenerationChanged
+    from stowray.pipeline.ingest_home import GenerationChanged
 
     for _ in range(TRIES):
         hasher = diff_id.hasher()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from stowray.pipeline.errors import StowrayError
 from stowray.pipeline.follower import Follower
-from stowray.pipeline.ingest import GenerationChanged
+from stowray.pipeline.ingest_home import GenerationChanged
 from stowray.pipeline.serve_errors import later
 from stowray.pipeline.values import dataclass
 

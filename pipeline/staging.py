@@ -73,7 +73,7 @@ class Stager:
         Without ``below`` it is staged alone and its record notes what depends on the layers below;
         with it (topmost first, possibly none) the tree is right above exactly those trees.
         """
-        from stowray.pipeline.ingest import GenerationChanged
+        from stowray.pipeline.ingest_home import GenerationChanged
 
         for _ in range(TRIES):
             try:

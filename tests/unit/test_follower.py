@@ -15,9 +15,10 @@ from stowray.pipeline.errors import (
     SizeMismatchError,
     StorageError,
 )
-from stowray.pipeline.ingest import CHECKPOINT_EVERY, GenerationChanged
+from stowray.pipeline.ingest_home import GenerationChanged
 from stowray.pipeline.ingeststate import IngestState
 from stowray.pipeline.locks import try_lock
+from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY
 from stowray.pipeline.store import Store
 from tests.support.stores import OTHER_HOST, commit, kill, listen, pattern, start
 

@@ -11,7 +11,7 @@ import pytest
 
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
-from stowray.pipeline.ingest import CHECKPOINT_EVERY
+from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY
 from stowray.pipeline.store import Store
 from tests.support.stores import (
     FIRST_BOOT,

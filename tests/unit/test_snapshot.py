@@ -26,7 +26,7 @@ from stowray.pipeline.errors import (
     StorageError,
     StowrayError,
 )
-from stowray.pipeline.ingest import GenerationChanged
+from stowray.pipeline.ingest_home import GenerationChanged
 from stowray.pipeline.layer_tasks import LayerTasks
 from stowray.pipeline.mount import mount, umount
 from stowray.pipeline.overlay import ChainView
