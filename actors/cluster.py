@@ -298,11 +298,13 @@ def alive_nodes(seconds: float = NODES_SECONDS) -> list[dict[str, Any]]:
     ``ray.nodes()`` waits for a dead head for ever, so it is asked from a thread that may be left.
     """
     answers: list[list[dict[str, Any]]] = []
-    thread = threading.Thread(
-        target=lambda: answers.append(ray.nodes()),  # type: ignore[no-untyped-call]
-        name="ray-nodes",
-        daemon=True,
-    )
+
+    def ask_head() -> None:
+        # Whoever left the Ray meanwhile wants no answer any more.
+        with contextlib.suppress(ray.exceptions.RayError):
+            answers.append(ray.nodes())  # type: ignore[no-untyped-call]
+
+    thread = threading.Thread(target=ask_head, name="ray-nodes", daemon=True)
     thread.start()
     thread.join(seconds)
     if not answers:

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from stowray.actors.prewarm_run import ClusterRun
     from stowray.actors.prewarm_state import RunState
     from stowray.pipeline.cluster_plan import ClusterPlan
+    from stowray.pipeline.lock_file import LockFile
     from stowray.pipeline.prewarm_plan import PrewarmPlan
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.progress import Progress
@@ -117,9 +118,12 @@ class PrewarmRun:
         work: Callable[[_Under], Awaitable[Any]],
         cancelled: Callable[[], bool],
     ) -> tuple[PrewarmReport, Any]:
+        # Before any Ray is looked for or started: a file that is none is the user's to change.
+        locked = None if self._lock is None else read_lock(self._lock)
         if self._ray is None:
             self._ray = connect(self._settings, self._stack, embedded_nodes=self._embedded_nodes)[0]
         under = _Under(self, self._ray, command, cancelled)
+        under.locked = locked
         try:
             value = under.wait(work)
         except BaseException as error:
@@ -145,6 +149,7 @@ class _Under:
 
         self.plan = owner._plan
         self.lock = owner._lock
+        self.locked: LockFile | None = None
         self.goes_on = owner._watch and command == "prewarm"
         self.state: RunState = RunState(
             secrets.token_hex(8), command, self.plan.failure.minimum_ready
@@ -216,7 +221,7 @@ class _Under:
             resolver,
             owner._settings,
             owner._progress,
-            locked=read_lock(self.lock) if self.lock is not None else None,
+            locked=self.locked,
         )
         self.cluster = ClusterRun(self._context, self.images, driver_node=self._ray.node_id)
         pulse = Pulse(

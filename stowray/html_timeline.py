@@ -50,7 +50,11 @@ class Going:
         """Return until when a blob was worked on, which is now for one under way."""
         times = (span.started, span.first_byte, span.completed, span.staged)
         last = max((moment for moment in times if moment is not None), default=0.0)
-        return max(last, self.now) if (span.node, span.digest) in self._blobs else last
+        return max(last, self.now) if self.has(span) else last
+
+    def has(self, span: BlobSpan) -> bool:
+        """Return whether a blob is under way."""
+        return (span.node, span.digest) in self._blobs
 
 
 _OVER: Final = Going(0.0, ())
@@ -111,6 +115,8 @@ def _overview(
         began = min(span.started or 0.0 for span in spans)
         first = min((s.first_byte for s in spans if s.first_byte is not None), default=None)
         fetched = max((s.completed for s in spans if s.completed is not None), default=None)
+        if any(span.completed is None and going.has(span) for span in spans):
+            fetched = None
         done = max(going.end(span) for span in spans)
         given: dict[str, int] = {}
         for span in spans:

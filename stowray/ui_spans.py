@@ -1,13 +1,12 @@
 """The blobs of a run that goes on, from its events: what a timeline shows before nodes report.
 
 Invariant: times are the driver's own, those at which it heard, so that a node's clock cannot bend
-the picture; what a node has reported in the end takes the place of what was heard. Fed by one
-thread at a time.
+the picture; what a node has reported takes the place of what was heard. Fed by one thread.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.prewarm_rows import BlobSpan
@@ -57,27 +56,24 @@ class LiveSpans:
         self, report: PrewarmReport, began: float
     ) -> tuple[tuple[BlobSpan, ...], frozenset[Place]]:
         """Return the spans of ``report`` with those heard, and which go on; ``began`` is 0 s."""
-        known = {(span.node, span.digest) for span in report.spans if span.started is not None}
-        spans = list(report.spans)
+        known = {(span.node, span.digest): span for span in report.spans}
         going = set()
         for place, heard in self._heard.items():
-            if place in known or heard.started is None:
+            if heard.started is None:
                 continue
             if not heard.failed and (heard.completed is None or heard.unpacking):
                 going.add(place)
-            node, digest = place
-            spans.append(
-                BlobSpan(
-                    node,
-                    digest,
-                    size=heard.size,
-                    started=_since(began, heard.started),
-                    first_byte=_since(began, heard.first_byte),
-                    completed=_since(began, heard.completed),
-                    staged=_since(began, heard.staged),
-                )
+            # A node tells in the middle where bytes came from, and only later that it is done.
+            told = known.get(place) or BlobSpan(*place)
+            known[place] = replace(
+                told,
+                size=max(told.size, heard.size),
+                started=_first(told.started, _since(began, heard.started)),
+                first_byte=_first(told.first_byte, _since(began, heard.first_byte)),
+                completed=_first(told.completed, _since(began, heard.completed)),
+                staged=_first(told.staged, _since(began, heard.staged)),
             )
-        return tuple(spans), frozenset(going)
+        return tuple(known.values()), frozenset(going)
 
     def _blob(self, event: Event, now: float) -> None:
         heard = self._heard.setdefault((event.node, event.id), _Heard())
@@ -101,3 +97,7 @@ class LiveSpans:
 
 def _since(began: float, moment: float | None) -> float | None:
     return None if moment is None else round(max(0.0, moment - began), 3)
+
+
+def _first(told: float | None, heard: float | None) -> float | None:
+    return heard if told is None else told

@@ -80,8 +80,9 @@ def test_a_browser_watches_a_run_from_its_middle_to_its_end(
 
         while not all("working" in parts.get(f"row-{slot}", "") for slot in range(4)):
             assert read()
-        # A bar of the timeline for bytes that are on their way, from where nobody has told yet.
-        while 'class="fill-coming" x=' not in parts.get("time", ""):
+        # Bars of the timeline for bytes that are on their way, told from where or not yet.
+        bars = [f'class="fill-{kind}" x=' for kind in ("coming", "origin", "peer")]
+        while not any(bar in parts.get("time", "") for bar in bars):
             assert read()
         source.hold_after(None)
         while read():

@@ -108,6 +108,12 @@ def test_a_mistake_is_told_before_any_ray_is_looked_for(arguments: list[str]) ->
     assert run(["-q", *arguments]) == 2
 
 
+def test_a_lock_file_that_is_none_is_told_before_any_ray_is_looked_for(tmp_path: Path) -> None:
+    lock = tmp_path / "images.lock"
+    lock.write_text("nonsense")
+    assert run(["-q", "--store", str(tmp_path), "prewarm", "a", "--lock", str(lock)]) == 2
+
+
 def test_reports_and_receipts_are_written(tmp_path: Path) -> None:
     nodes = ["worker-1", "../..", "a/b"]
     report = make_report(nodes, IMAGES, spans=make_spans(nodes))

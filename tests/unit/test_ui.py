@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 from stowray.cli.app import run
 from stowray.cli.context import Context
 from stowray.cli.running import Running
+from stowray.html_timeline import Going, timelines
 from stowray.pipeline.errors import NodeError, UsageError, describe
 from stowray.pipeline.progress import Event
 from stowray.ui import LiveUi
 from stowray.ui_model import ROWS_LIMIT, LivePage
 from stowray.ui_parts import MESSAGE_BYTES, Parts
 from stowray.ui_server import UiLimits
+from stowray.ui_spans import LiveSpans
 from tests.support.prewarm import MIB, ScriptedRun, make_report, make_spans
 from tests.unit.test_html_report import HOSTILE, Page, full_report
 
@@ -289,6 +291,40 @@ def test_the_timeline_has_what_is_under_way_and_then_what_nodes_report() -> None
     # The nodes' own word about a blob takes the place of what was heard of it.
     assert page.parts.get("time").count("<g ") == 2 + 4 + 4
     assert 'class="fill-coming" x=' not in page.parts.get("time")
+
+
+def test_what_nodes_tell_of_a_blob_in_its_middle_goes_on_with_it() -> None:
+    report, events = working(2, 0.5)
+    name, other = (node.name for node in report.nodes)
+    events = [event for event in events if event.node == name]
+    (span,) = make_spans([name], 1)
+    digest = f"sha256:{0:064x}"
+    half = replace(span, digest=digest, first_byte=0.5, completed=None, staged=None)
+    done = replace(span, digest=f"sha256:{9:064x}", staged=None)
+    heard = LiveSpans()
+    heard.see([event for event in events if event.id == digest], 100.0)
+    began = 90.0
+    spans, going = heard.merged(
+        replace(report, spans=(half, done, replace(done, node=other))), began
+    )
+    assert going == {(name, digest)}
+    assert {row.digest: row.by_source for row in spans}[digest] == span.by_source
+    drawn = timelines(replace(report, spans=spans), going=Going(30.0, going))
+    # Both the node's bar and the blob's go on until now, with bytes of whom it told.
+    assert 'class="fill-origin" x=' in drawn
+    assert f"{name}: 2 blobs" in drawn
+    assert "so far 30 s" in drawn
+    unpacking = re.findall(r'class="fill-unpack" x="[^"]*" y="[^"]*" width="([^"]*)"', drawn)
+    assert unpacking == []
+    ended = replace(events[0], status="done", current=8 * MIB)
+    layer = replace(events[1], status="applied", current=8 * MIB)
+    heard.see([ended, layer], 105.0)
+    spans, going = heard.merged(
+        replace(report, spans=(half, done, replace(done, node=other))), began
+    )
+    assert not going
+    (last,) = [row for row in spans if row.digest == digest]
+    assert (last.completed, last.staged) == (15.0, 15.0)
 
 
 def test_who_comes_back_is_sent_what_is_new_and_nothing_else(ui: LiveUi) -> None:
