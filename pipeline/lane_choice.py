@@ -121,4 +121,4 @@ def _is_worth_lanes(ingest: Ingest, settings: RegistrySettings, known: HostRecor
     left = ingest.size - ingest.offset
     if settings.range_connections < 2 or left < settings.range_minimum_bytes:
         return False
-    return known is None or known.connections > 1
+    return known is None or not known.serves_no_parts

@@ -72,9 +72,13 @@ class Lanes:
         self._tell = tell
         self._clock = clock
         self._begun = clock.monotonic()
-        self._look_at = self._begun
         self._changed = threading.Condition()
         self._threads: list[threading.Thread] = []
+        self._watcher: threading.Thread | None = None
+        self._position = stream.offset  # of the first stream
+        self._advanced = (self._begun, 0.0)  # when it was there, and how long it had waited then
+        self._is_taken_over = False
+        self._own_part = (0, 0)  # where the first lane is in its part, and where that ends
         self._parts = Parts(end, ingest.size) if end < ingest.size else None
         self._first_part = end
         self._active = 1
@@ -88,6 +92,10 @@ class Lanes:
         self.retries = 0
 
     def __enter__(self) -> Self:
+        if self._climb.may_grow:
+            # By a thread of its own: a first stream that stands still is what has to be seen.
+            self._watcher = threading.Thread(target=self._watch, name="lane", daemon=True)
+            self._watcher.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -101,13 +109,15 @@ class Lanes:
     @property
     def piece_size(self) -> int:
         """Return how much one connection may read before it writes that down."""
-        return min(BUFFER_SIZE, UNWRITTEN_SIZE // self._climb.wanted)
+        return min(BUFFER_SIZE, UNWRITTEN_SIZE // max(self._climb.wanted, self._active))
 
     def close(self) -> None:
         """End all lanes, wait for their threads, and remember what was found out."""
         with self._changed:
             self._stopped = True
             self._changed.notify_all()
+        if self._watcher is not None:
+            self._watcher.join()
         for thread in self._threads:
             thread.join()
         finding = self._climb.finding
@@ -121,14 +131,8 @@ class Lanes:
             self.received += count
             if self._error is not None:
                 raise self._error
-            now = self._clock.monotonic()
-            if self._stopped or now < self._look_at:
-                return
-            self._look_at = now + LOOK_SECONDS
-            waiting = self._stream.seconds_waited / max(now - self._begun, 1e-6)
-            self._look(now, waiting)
-            if self._climb.wanted > self._active:
-                self._open(position)
+            self._position = position
+            self._advanced = self._clock.monotonic(), self._stream.seconds_waited
 
     def take_over(self, position: int) -> None:
         """Fetch what is left in this thread too: the first stream ended at ``position``.
@@ -138,6 +142,7 @@ class Lanes:
         """
         failed: UnavailableError | None = None
         with self._changed:
+            self._is_taken_over = True
             if self._parts is not None:
                 self._parts.give_back(position, self.end)
         try:
@@ -157,12 +162,44 @@ class Lanes:
 
     # -- opening and ending -----------------------------------------------------------------------
 
-    def _look(self, now: float, waiting: float) -> None:
-        left = self._ingest.size - self._ingest.offset
-        self._climb.look(now, self.received, self._active, left, waiting)
+    def _watch(self) -> None:
+        look_at = 0.0
+        try:
+            with self._changed:
+                while not self._stopped and self._error is None:
+                    now = self._clock.monotonic()
+                    if now >= look_at:
+                        look_at = now + LOOK_SECONDS
+                        self._look(now)
+                    was_proven = self._proven
+                    if self._climb.wanted > self._active:
+                        self._open()
+                    self._changed.wait(LOOK_SECONDS)
+                    if self._proven and not was_proven:
+                        look_at = 0.0
+        except BaseException as error:  # noqa: BLE001 - raised where somebody waits for it
+            with self._changed:
+                self._error = self._error or error
+                self._changed.notify_all()
 
-    def _open(self, position: int) -> None:
+    def _look(self, now: float) -> None:
+        left = self._ingest.size - self._ingest.offset
+        self._climb.look(now, self.received, self._active, left, self._waiting(now))
+
+    def _waiting(self, now: float) -> float:
+        """Return which part of the time the first stream has waited for the host."""
+        if self._is_taken_over:
+            return 1.0
+        waited = self._stream.seconds_waited
+        when, then = self._advanced
+        if waited == then:
+            # It is told when the bytes are there: these are still waited for.
+            waited += now - when
+        return waited / max(now - self._begun, 1e-6)
+
+    def _open(self) -> None:
         """Start as many lanes as are wanted and allowed; the lock is held."""
+        position = self._ingest.offset if self._is_taken_over else self._position
         left = self._ingest.size - position
         if self._parts is None:
             # The first stream reads on while the others begin: they start where it will be soon.
@@ -171,6 +208,8 @@ class Lanes:
                 return
             self._first_part = first
             self._parts = Parts(first, self._ingest.size)
+        if self._parts.is_empty:
+            self._share()
         if self._parts.is_empty:
             return
         # One that proves that the host honours ranges, before many are refused.
@@ -182,16 +221,13 @@ class Lanes:
             self._threads.append(thread)
             thread.start()
 
-    def _tend(self) -> None:
-        """Do what the first stream did while it ran: tell, look, open; the lock is held."""
-        self._tell(self._ingest.offset)
-        now = self._clock.monotonic()
-        if now < self._look_at:
-            return
-        self._look_at = now + LOOK_SECONDS
-        self._look(now, 1.0)
-        if self._climb.wanted > self._active:
-            self._open(self._ingest.offset)
+    def _share(self) -> None:
+        """Let the first lane end its part earlier, if that goes far; the lock is held."""
+        at, end = self._own_part
+        stop = at + self._climb.part_size(end - at)
+        if self._parts is not None and stop + BUFFER_SIZE < end:
+            self._own_part = at, stop
+            self._parts.give_back(stop, end)
 
     def _spare(self) -> int:
         return self._place.spare_connections(self._stream)
@@ -238,7 +274,7 @@ class Lanes:
                 self._stop()
                 return
             finally:
-                self._finish_part(at, end)
+                self._finish_part(at, end, is_first=is_first)
             if failures:
                 seconds = uniform(0, PAUSE_SECONDS * 2 ** (failures - 1))
                 wait(seconds, self._clock, self._is_over, str(self._descriptor.digest))
@@ -250,7 +286,7 @@ class Lanes:
                 if self._cancelled():
                     raise CancelledError(str(self._descriptor.digest))
                 if is_first:
-                    self._tend()
+                    self._tell(self._ingest.offset)
                 elif self._active > self._climb.wanted or self._spare() < 1:
                     return None
                 size = self._climb.part_size(self._parts.left)
@@ -265,6 +301,8 @@ class Lanes:
                         continue
                     self._parts.give_back(gap[1], part[1])
                     self._out += 1
+                    if is_first:
+                        self._own_part = gap
                     return gap
                 if self._parts.is_empty and (self._out == 0 or not is_first):
                     # The first lane stays: a part that breaks may come back.
@@ -284,35 +322,36 @@ class Lanes:
                 return at
             with stream:
                 self._prove()
-                while at < end:
-                    count = stream.read_into(buffer[: min(self.piece_size, end - at)])
+                while at < (stop := self._own_part[1] if is_first else end):
+                    count = stream.read_into(buffer[: min(self.piece_size, stop - at)])
                     if count == 0:
                         # Shorter than was asked for, which is allowed.
                         return at
                     self._ingest.write_at(at, buffer[:count])
                     at += count
-                    self._count(count, is_first=is_first)
-                # Past the end of the body's framing, so that the connection is free again.
-                stream.read_into(buffer[:1])
+                    self._count(count, at, is_first=is_first)
+                if at >= end:
+                    # Past the end of the body's framing, so that the connection is free again.
+                    stream.read_into(buffer[:1])
         except UnavailableError as error:
             if at == end:
                 return at
             raise _PartError(at, error) from error
         return at
 
-    def _count(self, count: int, *, is_first: bool) -> None:
+    def _count(self, count: int, at: int, *, is_first: bool) -> None:
         with self._changed:
             self.received += count
-            if not is_first:
-                return
-            self._tend()
+            if is_first:
+                self._own_part = at, self._own_part[1]
+                self._tell(self._ingest.offset)
 
     def _prove(self) -> None:
         with self._changed:
             self._refusals = 0
             if not self._proven:
                 self._proven = True
-                self._look_at = self._begun
+                self._changed.notify_all()
             self.end = self._first_part
 
     def _refused(self) -> None:
@@ -330,9 +369,13 @@ class Lanes:
             self._stopped = True
             self._changed.notify_all()
 
-    def _finish_part(self, at: int, end: int) -> None:
+    def _finish_part(self, at: int, end: int, *, is_first: bool) -> None:
         with self._changed:
             self._out -= 1
+            if is_first:
+                # It may have been shared meanwhile.
+                end = self._own_part[1]
+                self._own_part = 0, 0
             if self._parts is not None:
                 self._parts.give_back(at, end)
             self._changed.notify_all()

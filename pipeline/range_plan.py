@@ -3,14 +3,15 @@
 Invariant: nothing here waits or reads, and the time comes in from outside. The parts that are
 handed out are disjoint and in order, so that the contiguous prefix, which the unpacking follows,
 grows with all connections together and little is lost when a pull is killed. Further connections
-are kept only as far as all of them together have become faster by them.
+are kept only as far as all of them together have become faster by them, and nothing that was found
+out, now or earlier, is believed against what comes.
 """
 
 from __future__ import annotations
 
 from heapq import heappop, heappush
 from math import ceil
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Literal
 
 from stowray.pipeline.values import dataclass
 
@@ -42,6 +43,19 @@ FULL_SHARE: Final = 0.7
 LEAST_WAITING: Final = 0.5
 # Finding out must pay: so many seconds have to be left at the present rate.
 LEAST_SECONDS: Final = 2.0
+
+# For how long the first connection is compared with what was known of the host.
+KNOWN_SECONDS: Final = 0.1
+# A rate this many times another is a different one: what was found out by the other is void.
+FAR_ABOVE: Final = 2.0
+# What was decided is compared with what comes, over so long.
+WATCH_SECONDS: Final = 0.5
+# A connection that has brought much and then nothing for so long stands still.
+STILL_SECONDS: Final = 0.2
+# With so much left all are tried although fewer are on record.
+LONG_SECONDS: Final = 10.0
+# How often in a blob it is measured anew.
+MOST_CHECKS: Final = 3
 
 
 class Parts:
@@ -103,8 +117,12 @@ class Climb:
 
     ``wanted`` is how many there should be now. One connection is measured for as long as it takes
     to know its rate (a quarter of a second where that is steady, as behind a limit; a second and a
-    half where it grows or comes in bursts), then all at once, and what they bring tells how many
-    are worth keeping. What was found out earlier is used at once.
+    half where it grows or comes in bursts; less if it stands still after a first burst), then all
+    at once, and what they bring tells how many are worth keeping.
+
+    What was found out earlier (``known``) is a start: the first tenth of a second has to agree with
+    it before others join. What was decided is looked at from then on: a rate that is far from what
+    it was decided by is measured again, some times in a blob at most.
     """
 
     def __init__(self, limit: int, now: float, known: HostRecord | None = None) -> None:
@@ -112,19 +130,34 @@ class Climb:
         self.rate = 0.0  # of one connection
         self.finding: Finding | None = None
         self._limit = limit
-        self._done = limit <= 1
-        self._alone = _Meter(now, now + SETTLE_SECONDS, SAMPLE_SECONDS, SAMPLES_AGREE)
+        self._phase: Literal["known", "one", "all", "settled"] = "one"
+        self._begun = now  # of what the first connection is judged by
+        self._came = 0  # by then
+        self._alone = _one_meter(now)
+        self._alone_rate = 0.0
         self._all: _Meter | None = None
+        self._all_rate = 0.0  # of several, who were too fast or too slow for what was known
         self._most = 1
+        self._checks = 0
+        self._last = (now, 0)  # when bytes came last, and how many there were then
+        self._watched: tuple[float, int, int] | None = None  # since when, bytes, connections
+        self._known = known
         if known is not None:
-            self._done = True
-            self.wanted = min(known.connections, limit)
             self.rate = float(known.bytes_per_second)
+            self._alone_rate = self.rate
+            self._phase = "known" if known.connections > 1 else "settled"
+        if limit <= 1:
+            self._phase = "settled"
+
+    @property
+    def may_grow(self) -> bool:
+        """Tell whether there could be a second connection at all."""
+        return self._limit > 1
 
     @property
     def is_over(self) -> bool:
-        """Tell whether ``wanted`` will stay as it is."""
-        return self._done
+        """Tell whether ``wanted`` will stay as it is for all that is known."""
+        return self._phase == "settled"
 
     @property
     def reach(self) -> int:
@@ -134,7 +167,7 @@ class Climb:
 
     def part_size(self, left: int) -> int:
         """Return how large the next part should be when ``left`` bytes are nobody's."""
-        seconds = PART_SECONDS if self._done else TRIAL_SECONDS
+        seconds = PART_SECONDS if self._phase in ("known", "settled") else TRIAL_SECONDS
         return part_size(self.rate, left, self.wanted, seconds)
 
     def look(self, now: float, received: int, active: int, left: int, waiting: float) -> None:
@@ -143,26 +176,80 @@ class Climb:
         ``received`` counts all bytes so far, ``active`` the connections, and ``waiting`` is the
         part of the time that the first one has waited for its peer.
         """
-        if self._done:
+        if self._limit <= 1:
             return
-        if self._all is None:
-            self._look_at_one(now, received, left, waiting)
-        else:
+        if received > self._last[1]:
+            self._last = now, received
+        if self._phase == "known":
+            self._look_at_known(now, received)
+        elif self._phase == "all":
             self._look_at_all(now, received, active)
+        elif self._stands_still(now, received, active, left, waiting):
+            self._alone_rate = (received - self._came) / (now - self._begun)
+            self.rate = self._alone_rate
+            self._try_all(now)
+        elif self._phase == "one":
+            self._look_at_one(now, received, active, left, waiting)
+        else:
+            self._look_again(now, received, active, left, waiting)
 
-    def _look_at_one(self, now: float, received: int, left: int, waiting: float) -> None:
+    def _look_at_known(self, now: float, received: int) -> None:
+        seconds = now - self._begun
+        if seconds < KNOWN_SECONDS or self._known is None:
+            return
+        if received > FAR_ABOVE * self.rate * seconds:
+            # No such limit any more: perhaps this one needs no others.
+            self.rate = received / seconds
+            self._phase = "one"
+            self._alone = _one_meter(now)
+            return
+        self.wanted = min(self._known.connections, self._limit)
+        self._phase = "settled"
+
+    def _look_at_one(
+        self, now: float, received: int, active: int, left: int, waiting: float
+    ) -> None:
+        if active > 1:
+            # Others are still at their last parts.
+            self._measure_one(now, received)
+            return
         meter = self._alone
         if not meter.tell(now, received):
             return
-        if left < meter.rate * LEAST_SECONDS:
-            self._done = True
+        self._alone_rate = meter.rate
+        if self._all_rate:
+            # Several were measured just before.
+            self._judge(self._all_rate, self._most)
+        elif left < meter.rate * LEAST_SECONDS:
+            self._settle_for_one(meter.rate)
         elif waiting < LEAST_WAITING:
             # Only the longer look is believed when it says that nothing is to be found out.
-            self._done = meter.is_long
+            if meter.is_long:
+                self.rate = meter.rate
+                self._phase = "settled"
         else:
             self.rate = meter.rate
-            self.wanted = self._limit
-            self._restart(now)
+            self._try_all(now)
+
+    def _settle_for_one(self, rate: float) -> None:
+        self.rate = rate
+        self._phase = "settled"
+        if self._known is not None and self._known.connections > 1:
+            self.finding = Finding(1, int(rate))
+
+    def _measure_one(self, now: float, received: int) -> None:
+        self.wanted = 1
+        self._phase = "one"
+        self._begun, self._came = now, received
+        self._alone = _one_meter(now)
+
+    def _try_all(self, now: float) -> None:
+        self.wanted = self._limit
+        self._phase = "all"
+        self._most = 1
+        self._all_rate = 0.0
+        self._watched = None
+        self._restart(now)
 
     def _restart(self, now: float) -> None:
         begin = now + TRIAL_SETTLE_SECONDS
@@ -175,22 +262,87 @@ class Climb:
         meter = self._all
         if meter is None or not meter.tell(now, received):
             return
-        self._done = True
         if active < 2:
             # The host or the limits of our own gave no more: that says nothing of what pays.
             self.wanted = 1
+            self._phase = "settled"
             return
-        gain = meter.rate / self._alone.rate
+        self._judge(meter.rate, active)
+
+    def _judge(self, rate: float, active: int) -> None:
+        """Keep as many of ``active`` connections, which bring ``rate`` together, as pay."""
+        gain = rate / self._alone_rate
         if gain >= FULL_SHARE * active:
             best = active
         elif gain < LEAST_GAIN:
             best = 1
         else:
             best = min(active, ceil(LEAST_GAIN * gain))
-        self.rate = meter.rate / best if best > 1 else self._alone.rate
-        if active == self.wanted or best < active:
+        self.rate = rate / best if best > 1 else self._alone_rate
+        if active >= self.wanted or best < active:
             self.finding = Finding(best, int(self.rate))
         self.wanted = best
+        self._phase = "settled"
+        self._all_rate = 0.0
+        self._watched = None
+
+    # -- what was decided, seen again ------------------------------------------------------------
+
+    def _stands_still(
+        self, now: float, received: int, active: int, left: int, waiting: float
+    ) -> bool:
+        """Tell whether the only connection brings nothing now, having brought much.
+
+        So do limits that let the allowance of the first second through at once.
+        """
+        seconds = now - self._begun
+        came = received - self._came
+        return (
+            self.wanted == active == 1
+            and now - self._last[0] >= STILL_SECONDS
+            and came >= SMALLEST_PART
+            and left * seconds >= came * LEAST_SECONDS
+            and waiting >= LEAST_WAITING
+            and self._may_check()
+        )
+
+    def _look_again(
+        self, now: float, received: int, active: int, left: int, waiting: float
+    ) -> None:
+        if self._watched is None or self._watched[2] != active:
+            self._watched = now, received, active
+        begun, came, _ = self._watched
+        seconds = now - begun
+        if seconds < WATCH_SECONDS:
+            return
+        self._watched = None
+        rate = (received - came) / seconds
+        if active != self.wanted or rate <= 0 or left < rate * LEAST_SECONDS:
+            return
+        if active > 1:
+            is_other = not LEAST_GAIN * self.rate <= rate <= FAR_ABOVE * self.rate * active
+            if is_other and self._may_check():
+                self._all_rate, self._most = rate, active
+                self.rate = rate
+                self._measure_one(now, received)
+                return
+        elif rate * FAR_ABOVE < self.rate and waiting >= LEAST_WAITING and self._may_check():
+            self._measure_one(now, received)
+            return
+        if self._known is None or self.finding is not None or self.wanted >= self._limit:
+            return
+        if left >= rate * LONG_SECONDS and waiting >= LEAST_WAITING and self._may_check():
+            # Fewer than there may be, because of what was once: much is left, and trying is cheap.
+            self._alone_rate = rate if active == 1 else self._alone_rate or rate / active
+            self._try_all(now)
+
+    def _may_check(self) -> bool:
+        self._checks += 1
+        return self._checks <= MOST_CHECKS
+
+
+def _one_meter(now: float) -> _Meter:
+    return _Meter(now, now + SETTLE_SECONDS, SAMPLE_SECONDS, SAMPLES_AGREE)
 
 
 class _Meter:

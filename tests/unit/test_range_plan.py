@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from stowray.pipeline.host_records import HostRecord
 from stowray.pipeline.range_plan import (
     LARGEST_PART,
+    MOST_CHECKS,
     SMALLEST_PART,
     Climb,
     Finding,
@@ -216,6 +217,104 @@ def test_connections_that_could_not_be_had_are_not_said_to_bring_nothing() -> No
     assert (line.climb.wanted, line.climb.finding) == (2, None)
 
 
-def test_what_was_learned_is_used_at_once() -> None:
-    climb = Climb(4, 0.0, HostRecord(8, 5 * MIB, 0.0))
-    assert (climb.wanted, climb.rate, climb.is_over) == (4, 5 * MIB, True)
+def known(connections: int, rate: float) -> HostRecord:
+    return HostRecord(connections, int(rate * MIB), 0.0)
+
+
+def test_what_was_learned_is_used_when_the_first_moment_agrees() -> None:
+    line = Line(Climb(4, 0.0, known(8, 5)), {1: 5, 4: 20})
+    assert (line.climb.wanted, line.climb.rate) == (1, 5 * MIB)
+    line.run(2 / 16)
+    assert (line.climb.wanted, line.climb.rate, line.climb.is_over) == (4, 5 * MIB, True)
+    line.run(20)
+    assert (line.climb.wanted, line.climb.finding) == (4, None)
+
+
+def test_a_limit_that_is_gone_is_seen_before_others_join() -> None:
+    line = Line(Climb(8, 0.0, known(8, 20)), {1: 400, 8: 230})
+    line.run(5)
+    # One trial at most: it may have been a limit that is higher now.
+    assert (line.climb.wanted, line.climb.is_over) == (1, True)
+    assert line.climb.finding == Finding(1, 400 * MIB)
+
+
+def test_where_little_is_left_a_limit_that_is_gone_costs_no_trial() -> None:
+    line = Line(Climb(8, 0.0, known(8, 20)), {1: 400, 8: 230}, size=256 * MIB)
+    line.run(10 / 16)
+    assert line.most == 1
+    assert line.climb.finding == Finding(1, 400 * MIB)
+
+
+def test_connections_that_bring_no_more_than_one_did_are_given_up() -> None:
+    """The line has become narrow: eight of them are as slow together as one."""
+    line = Line(Climb(8, 0.0, known(8, 20)), {1: 15, 8: 15})
+    line.run(5)
+    assert (line.climb.wanted, line.most) == (1, 8)
+    assert line.climb.finding == Finding(1, 15 * MIB)
+
+
+def test_a_host_that_became_faster_under_several_is_measured_and_keeps_what_pays() -> None:
+    line = Line(Climb(8, 0.0, known(8, 20)), {1: 20, 8: 160})
+    line.run(2)
+    line.rate_of = {1: 100, 8: 800}
+    line.run(5)
+    assert line.climb.finding is not None
+    assert (line.climb.wanted, line.climb.finding.connections) == (8, 8)
+    # From a moment in which it had just become faster.
+    assert 60 * MIB < line.climb.finding.bytes_per_second <= 100 * MIB
+
+
+@pytest.mark.parametrize("connections", [1, 3])
+def test_fewer_on_record_than_pay_are_tried_again(connections: int) -> None:
+    """Whatever it was then: each connection has its own limit now."""
+    rates = {count: 20.0 * count for count in range(1, 9)}
+    line = Line(Climb(8, 0.0, known(connections, 20)), rates)
+    line.run(5)
+    assert line.climb.wanted == 8
+    assert line.climb.finding == Finding(8, 20 * MIB)
+
+
+def test_one_that_became_slow_is_measured_again() -> None:
+    line = Line(Climb(8, 0.0, known(1, 400)), {1: 20, 8: 160}, size=120 * MIB)
+    line.run(2)
+    assert line.most == 8
+    line = Line(Climb(8, 0.0, known(1, 20)), {1: 20, 8: 160}, size=120 * MIB)
+    line.run(2)
+    assert line.most == 1
+
+
+@pytest.mark.parametrize("record", [None, known(8, 20), known(1, 20)])
+def test_a_burst_at_the_start_is_not_taken_for_the_rate(record: HostRecord | None) -> None:
+    """An allowance of a second at once, then nothing until it is used up."""
+    rates = {count: 20.0 * count for count in range(2, 9)}
+    line = Line(Climb(8, 0.0, record), {1: 200, **rates}, size=256 * MIB)
+    line.run(2 / 16)
+    line.rate_of[1] = 0
+    line.run(5 / 16)
+    assert line.climb.wanted == 8
+    line.run(1.5)
+    assert (line.climb.wanted > 1, line.climb.is_over) == (True, True)
+    assert line.climb.finding is not None
+    assert line.climb.finding.connections > 1
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    rates=st.lists(st.sampled_from([0, 1, 20, 90, 400]), min_size=8, max_size=8),
+    changes=st.lists(st.sampled_from([0.01, 0.3, 1.0, 5.0]), max_size=20),
+    record=st.sampled_from([None, known(8, 20), known(1, 20), known(3, 100), known(8, 0)]),
+)
+def test_a_line_that_changes_all_the_time_does_not_keep_it_busy(
+    rates: list[int], changes: list[float], record: HostRecord | None
+) -> None:
+    climb = Climb(8, 0.0, record)
+    line = Line(climb, {count: float(rate) for count, rate in enumerate(rates, start=1)})
+    wanted: list[int] = []
+    for change in [*changes, 1.0]:
+        line.rate_of = {count: rate * change for count, rate in enumerate(rates, start=1)}
+        for _ in range(20):
+            line.run(1 / 16)
+            assert 1 <= climb.wanted <= 8
+            wanted.append(climb.wanted)
+    turns = sum(one != other for one, other in itertools.pairwise(wanted))
+    assert turns <= 2 * (MOST_CHECKS + 2)
