@@ -270,13 +270,16 @@ def test_a_session_serves_commands_and_is_ended_by_pid(
     assert session.find_session(session.state_folder()) is None
 
 
-def test_pulls_through_one_session_share_what_a_registry_asks_for(
+def test_a_pause_holds_for_pulls_of_one_store_through_one_session_and_for_no_other_store(
     own_session: session.Session,
     drive: Callable[..., Driver],
     here: Path,
     registry: FakeRegistry,
 ) -> None:
-    """They share a store on the session's node; one with a store of its own shares nothing."""
+    """Seen from outside, by whatever means: it holds without the files of limits too.
+
+    What those files do between processes of a store is proven in tests/unit/test_node_limits.py.
+    """
     references = []
     for name in ("first", "second", "third"):
         registry.add_image(f"a/{name}", "1", [archive(file("f", name.encode()))])
