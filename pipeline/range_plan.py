@@ -52,6 +52,8 @@ FAR_ABOVE: Final = 2.0
 WATCH_SECONDS: Final = 0.5
 # A connection that has brought much and then nothing for so long stands still.
 STILL_SECONDS: Final = 0.2
+# No rate is told by less than this.
+LEAST_SPAN_SECONDS: Final = 0.01
 # With so much left all are tried although fewer are on record.
 LONG_SECONDS: Final = 10.0
 # How often in a blob it is measured anew.
@@ -84,7 +86,10 @@ class Parts:
         while self._returned:
             start, end = heappop(self._returned)
             if end > prefix:
-                return max(start, prefix), end
+                start = max(start, prefix)
+                # All that was left of a long one is for several to share.
+                self.give_back(start + size, end)
+                return start, min(start + size, end)
         start = max(self._next, prefix)
         if start >= self._end or start >= prefix + window:
             return None
@@ -140,6 +145,7 @@ class Climb:
         self._most = 1
         self._checks = 0
         self._last = (now, 0)  # when bytes came last, and how many there were then
+        self._marks = [(now, 0)]  # how many there were, over the last second
         self._watched: tuple[float, int, int] | None = None  # since when, bytes, connections
         self._known = known
         if known is not None:
@@ -180,13 +186,16 @@ class Climb:
             return
         if received > self._last[1]:
             self._last = now, received
+        self._marks.append((now, received))
+        while len(self._marks) > 2 and self._marks[1][0] <= now - WINDOW_SECONDS:
+            del self._marks[0]
         if self._phase == "known":
             self._look_at_known(now, received)
         elif self._phase == "all":
             self._look_at_all(now, received, active)
         elif self._stands_still(now, received, active, left, waiting):
-            self._alone_rate = (received - self._came) / (now - self._begun)
-            self.rate = self._alone_rate
+            average = (received - self._came) / (now - self._begun)
+            self._alone_rate = self.rate = self._recent_rate(now, received) or average
             self._try_all(now)
         elif self._phase == "one":
             self._look_at_one(now, received, active, left, waiting)
@@ -295,16 +304,18 @@ class Climb:
 
         So do limits that let the allowance of the first second through at once.
         """
-        seconds = now - self._begun
-        came = received - self._came
         return (
             self.wanted == active == 1
             and now - self._last[0] >= STILL_SECONDS
-            and came >= SMALLEST_PART
-            and left * seconds >= came * LEAST_SECONDS
+            and received - self._came >= SMALLEST_PART
+            and left >= self._recent_rate(now, received) * LEAST_SECONDS
             and waiting >= LEAST_WAITING
             and self._may_check()
         )
+
+    def _recent_rate(self, now: float, received: int) -> float:
+        begun, came = self._marks[0]
+        return (received - came) / max(now - begun, LEAST_SPAN_SECONDS)
 
     def _look_again(
         self, now: float, received: int, active: int, left: int, waiting: float

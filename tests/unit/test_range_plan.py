@@ -60,6 +60,13 @@ def test_no_part_begins_beyond_the_window_and_none_is_of_what_is_there() -> None
     assert parts.is_empty
 
 
+def test_what_is_given_back_of_a_long_part_is_handed_out_in_parts() -> None:
+    parts = Parts(0, 100)
+    assert parts.take(100, 0, 100) == (0, 100)
+    parts.give_back(30, 100)
+    assert [parts.take(40, 0, 100) for _ in range(3)] == [(30, 70), (70, 100), None]
+
+
 def test_parts_last_about_a_second_and_get_smaller_at_the_end() -> None:
     assert part_size(5.5 * MIB, 1000 * MIB, 4) == int(5.5 * MIB)
     assert part_size(0, 1000 * MIB, 4) == SMALLEST_PART
@@ -296,6 +303,17 @@ def test_a_burst_at_the_start_is_not_taken_for_the_rate(record: HostRecord | Non
     assert (line.climb.wanted > 1, line.climb.is_over) == (True, True)
     assert line.climb.finding is not None
     assert line.climb.finding.connections > 1
+
+
+def test_a_connection_that_stands_still_later_is_seen_by_what_it_brought_last() -> None:
+    """Parts of less than an allowance came at once, the rest in one answer does not."""
+    rates = {count: 20.0 * count for count in range(2, 9)}
+    line = Line(Climb(8, 0.0, known(8, 20)), {1: 200, **rates}, size=256 * MIB)
+    line.run(12 / 16)
+    assert line.climb.is_over
+    line.rate_of[1] = 0
+    line.run(14 / 16)
+    assert line.most == 8
 
 
 @settings(max_examples=60, deadline=None)
