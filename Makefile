@@ -84,16 +84,20 @@ format: setup  ## put the sources in form
 	$(BIN)/ruff check --fix $(SOURCES)
 	$(BIN)/ruff format $(SOURCES)
 
-# The unit tests on all workers; then those with real parts: those on Ray clusters in one process,
-# one after the other, beside the others, which share one registry.
+# The unit tests on all workers; then those on Ray clusters, one after the other, beside the others
+# with real parts, which share one registry: much of what the clusters' take is waiting for deadlines.
 # A test that fails is run again up to twice, and the closing line counts the reruns: hundreds of
 # processes, sockets and kills on a busy machine meet moments that no test can foresee.
 RERUNS ?= 2
+NAMESPACES := tests/real/test_prewarm_namespaces.py
 test: setup deps  ## every test
 	status=0; \
 	$(PYTEST) -n $(WORKERS) --reruns $(RERUNS) tests/unit $(PYTEST_ARGS) || status=$$?; \
-	$(PYTEST) -n 2 --dist loadgroup --reruns $(RERUNS) tests/cluster tests/real $(PYTEST_ARGS) \
-		|| status=$$?; \
+	parts=$$(mktemp); \
+	$(PYTEST) --reruns $(RERUNS) tests/real --ignore=$(NAMESPACES) $(PYTEST_ARGS) >$$parts 2>&1 & \
+	$(PYTEST) --reruns $(RERUNS) tests/cluster $(NAMESPACES) $(PYTEST_ARGS) || status=$$?; \
+	wait $$! || status=$$?; \
+	cat $$parts; rm -f $$parts; \
 	exit $$status
 
 test-unit: setup  ## the unit tests only

@@ -133,7 +133,7 @@ class RayEngine(LocalEngine):
             report=_say_nothing,
             cancelled=never,
         )
-        resolver = self._get_resolver(source)
+        resolver = self.origins.resolver(source)
         if not resolver.is_known(request):
             return False
         return self._plan(resolver.image(request), options).is_complete

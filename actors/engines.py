@@ -54,20 +54,24 @@ class MemberEngine(LocalEngine):
         environment: Mapping[str, str],
         access: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(settings, progress=progress, store=store, environment=dict(environment))
-        if access is not None:
-            self._access = Access.from_dict(access)
+        super().__init__(
+            settings,
+            progress=progress,
+            store=store,
+            environment=dict(environment),
+            access=None if access is None else Access.from_dict(access),
+        )
         self._told: deque[tuple[float, str]] = deque(maxlen=KEPT_WARNINGS)
 
     def side(self, source: Source) -> tuple[Origin, Fetcher]:
         """Return the origin that ``source`` comes from and a fetcher that uses it alone."""
-        return self._side(source)
+        return self.origins.side(source)
 
     def run_side(self, source: Source, limits: SharedLimits) -> tuple[Origin, Fetcher]:
         """Return the same for a run, whose nodes have ``limits`` in common."""
         if isinstance(source, DiskImage):
-            return self._side(source)
-        registry = self._new_registry(limits)
+            return self.origins.side(source)
+        registry = self.origins.new_registry(limits)
         return registry, Fetcher(self.store, [registry], self.settings.registry)
 
     def warnings_since(self, moment: float) -> list[str]:
@@ -99,7 +103,7 @@ class MemberEngine(LocalEngine):
             report=report,
             cancelled=cancelled,
         )
-        image = self._get_resolver(source).image(request)
+        image = self.origins.resolver(source).image(request)
         return image, request.manifest_requests
 
 

@@ -16,7 +16,7 @@ from stowray.pipeline.errors import UsageError
 from stowray.pipeline.origin_leases import OriginLeases
 from stowray.pipeline.registry_lines import RegistryLines
 from stowray.pipeline.registry_permits import RegistryPermits
-from stowray.pipeline.spread_leases import to_wire
+from stowray.pipeline.spread_leases import permit_to_wire, to_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -90,8 +90,8 @@ _QUESTIONS: dict[str, Callable[[_Book, str, list[Any]], object]] = {
     "has": lambda book, node, about: book.leases.has(node, *about),
     "lost": lambda book, node, about: book.leases.lost(node, *about),
     "declare": lambda book, node, about: book.leases.declare(node, *about),
-    "permit": lambda book, node, about: book.permits.ask(node, *about),
-    "declare_permit": lambda book, node, about: book.permits.declare(node, *about),
+    "permit": lambda book, node, about: permit_to_wire(book.permits.ask(node, *about)),
+    "declare_permit": lambda book, node, about: permit_to_wire(book.permits.declare(node, *about)),
     "give_back": lambda book, node, about: book.permits.give_back(node, *about),
     "pause": lambda book, node, about: book.permits.pause(*about),
     "pause_host": lambda book, node, about: book.lines.pause(*about),

@@ -10,8 +10,8 @@ from __future__ import annotations
 import threading
 from typing import TYPE_CHECKING, Any
 
-from stowray.pipeline.origin_leases import Granted
-from stowray.pipeline.spread_leases import from_wire
+from stowray.pipeline.origin_leases import Granted, Later
+from stowray.pipeline.spread_leases import from_wire, permit_from_wire
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection
@@ -99,12 +99,15 @@ class LeaseClient:
         """See ``Leases.declare``."""
         return float(self._ask("declare", key, size, start, end))
 
-    def permit(self, purpose: str) -> float:
+    def permit(self, purpose: str) -> float | Later:
         """See ``Leases.permit``."""
-        seconds = float(self._ask("permit", purpose))
+        answer = permit_from_wire(float(self._ask("permit", purpose)))
         with self._lock:
-            (self._permits.add if seconds else self._permits.discard)(purpose)
-        return seconds
+            if isinstance(answer, Later):
+                self._permits.discard(purpose)
+            else:
+                self._permits.add(purpose)
+        return answer
 
     def give_back(self, purpose: str) -> None:
         """See ``Leases.give_back``."""

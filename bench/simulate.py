@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from bench.simulate_messages import driver_messages, progress_messages, told
-from stowray.pipeline.origin_leases import Elsewhere, Granted, OriginLeases
+from stowray.pipeline.origin_leases import Elsewhere, Granted, Later, OriginLeases
 from stowray.pipeline.registry_permits import RegistryPermits
 from stowray.pipeline.source_actions import (
     ORIGIN,
@@ -412,7 +412,7 @@ class Simulation:
             name, key, choice.length, ask.position, failed=ask.failed, slow=ask.slow
         )
         if isinstance(reply, Granted):
-            if self.permits.ask(name, key):
+            if not isinstance(self.permits.ask(name, key), Later):
                 self.act(stream, choice.granted(self.now, reply.end))
                 return
             self.leases.release(name, key)

@@ -24,19 +24,14 @@ from stowray.pipeline.staged_tree import (
     Directory,
     StagedTree,
 )
-from stowray.pipeline.tar import (
-    DIRECTORY,
-    FILE,
-    HARDLINK,
-    SYMLINK,
-    Entry,
-    TarReader,
-)
+from stowray.pipeline.tar_entry import DIRECTORY, FILE, HARDLINK, SYMLINK, Entry
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.overlay_node import Node
+    from stowray.pipeline.tar import TarReader
 
 WHITEOUT = b".wh."
 OPAQUE_MARKER = b".wh..wh..opq"

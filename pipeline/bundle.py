@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.descriptor import ImageConfig
     from stowray.pipeline.digest import Digest
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.overlay_node import Node
     from stowray.pipeline.rootfs import Flattened, Link
     from stowray.pipeline.store import Store
 

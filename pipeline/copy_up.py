@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from stowray.pipeline import tree_ops
 from stowray.pipeline.removal import remove_tree
 from stowray.pipeline.staged_tree import ENTERED, PHANTOM, Directory, StagedTree
-from stowray.pipeline.tar import BLOCK_DEVICE, CHAR_DEVICE, FIFO, FILE, SYMLINK, Entry
+from stowray.pipeline.tar_entry import BLOCK_DEVICE, CHAR_DEVICE, FIFO, FILE, SYMLINK, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.overlay_node import Node
 
 SUFFIX = ".copies"
 _KINDS = {

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import ContentError, StowrayError
+from stowray.pipeline.origins import Origins
 from stowray.pipeline.plan import make_plan
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.pull_record import (
@@ -23,11 +24,10 @@ from stowray.pipeline.pull_record import (
     report_present,
     stage_seconds,
 )
-from stowray.pipeline.resolve import Request, Resolver
+from stowray.pipeline.resolve import Request
 from stowray.pipeline.result import make_result
 from stowray.pipeline.run import run_plan
 from stowray.pipeline.snapshot import Snapshots
-from stowray.pipeline.source import DiskImage, Source
 from stowray.pipeline.store import Store
 from stowray.pipeline.values import dataclass
 
@@ -40,16 +40,14 @@ if TYPE_CHECKING:
     from stowray.pipeline.fetch import Fetcher
     from stowray.pipeline.image import Descriptor, Image
     from stowray.pipeline.leases import Lease
-    from stowray.pipeline.limiter import SharedLimits
-    from stowray.pipeline.origin import Origin
     from stowray.pipeline.plan import Plan, Step
     from stowray.pipeline.progress import Progress, Report
     from stowray.pipeline.quota import Quota
-    from stowray.pipeline.registry import Registry
-    from stowray.pipeline.resolve import Policy
+    from stowray.pipeline.resolve import Policy, Resolver
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run import Outcome
     from stowray.pipeline.settings import Settings
+    from stowray.pipeline.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +79,12 @@ class LocalEngine:
         crew: Crew | None = None,
         fork_workers: bool = False,
         environment: Mapping[str, str] | None = None,
+        access: Access | None = None,
     ) -> None:
         """Take what is given and make the rest when it is needed.
 
-        ``environment`` decides how registries are reached and who one is to them, by default this
-        process's own. ``crew`` carries out the steps of plans, by default threads and processes of
+        ``environment`` and ``access``: see :class:`Origins`, by default this process's own and
+        none. ``crew`` carries out the steps of plans, by default threads and processes of
         this machine.
         """
         self.settings = settings
@@ -99,25 +98,23 @@ class LocalEngine:
         self._warned: set[str] = set()
         self._begun = False
         self._fork_workers = fork_workers
-        self._environment = os.environ if environment is None else environment
         self._lock = threading.Lock()
         self._crew: Crew | None = crew
-        self._sides: dict[str, tuple[Origin, Fetcher]] = {}
-        self._resolvers: dict[str, Resolver] = {}
-        self._registry: Registry | None = None
-        self._access: Access | None = None
+        self.origins = Origins(
+            settings,
+            self.store,
+            os.environ if environment is None else environment,
+            self._warn,
+            access,
+        )
 
     def close(self) -> None:
         """End threads, workers and connections."""
         with self._lock:
             crew, self._crew = self._crew, None
-            registry, self._registry = self._registry, None
-            self._sides.clear()
-            self._resolvers.clear()
         if crew is not None:
             crew.close()
-        if registry is not None:
-            registry.close()
+        self.origins.close()
 
     def resolve(
         self,
@@ -154,10 +151,7 @@ class LocalEngine:
 
     def quota(self, source: Source) -> Quota | None:
         """Return how many requests the registry of ``source`` still allows, if it told us."""
-        registry = self._registry
-        if registry is None or isinstance(source, DiskImage):
-            return None
-        return registry.quota(source)
+        return self.origins.quota(source)
 
     def hold_image(
         self,
@@ -292,7 +286,7 @@ class LocalEngine:
 
     def fetcher(self, source: Source) -> Fetcher:
         """Return the fetcher for where ``source`` comes from."""
-        return self._side(source)[1]
+        return self.origins.side(source)[1]
 
     def begin(self) -> None:
         """Start the workers and then whatever else wants to know that there is work to do.
@@ -328,7 +322,7 @@ class LocalEngine:
             report=report,
             cancelled=cancelled,
         )
-        resolver = self._get_resolver(source)
+        resolver = self.origins.resolver(source)
         report("resolve", source.canonical, "resolving")
         if not resolver.is_known(request):
             self.begin()
@@ -388,67 +382,3 @@ class LocalEngine:
 
                 self._crew = LocalCrew(self.settings, self.store, fork_workers=self._fork_workers)
             return self._crew
-
-    def _get_resolver(self, source: Source) -> Resolver:
-        # Every way to an image leads through here, also to one that is in the store already.
-        self._check_policy(source)
-        key = _origin_key(source)
-        with self._lock:
-            resolver = self._resolvers.get(key)
-            if resolver is None:
-                resolver = self._resolvers[key] = Resolver(
-                    lambda: self._side(source),
-                    self.store,
-                    ttl_seconds=self.settings.resolve.ttl_seconds,
-                )
-            return resolver
-
-    def _check_policy(self, source: Source) -> None:
-        """Raise UsageError for what the policy file, if one is set, does not let pass."""
-        if not self.settings.registry.policy_file:
-            return
-        from stowray.pipeline.policy_json import load
-
-        # Read each time: an actor of a session lives longer than a policy may.
-        load(self.settings.registry.policy_file, self._environment).check(source)
-
-    def _side(self, source: Source) -> tuple[Origin, Fetcher]:
-        """Return the origin that ``source`` comes from and a fetcher that uses it."""
-        from stowray.pipeline.fetch import Fetcher
-
-        key = _origin_key(source)
-        with self._lock:
-            side = self._sides.get(key)
-            if side is None:
-                if isinstance(source, DiskImage):
-                    from stowray.pipeline.disk_images import open_disk_image
-
-                    origin = open_disk_image(source)
-                else:
-                    origin = self._registry = self._new_registry()
-                side = self._sides[key] = (
-                    origin,
-                    Fetcher(self.store, [origin], self.settings.registry),
-                )
-            return side
-
-    def _new_registry(self, *more: SharedLimits) -> Registry:
-        from stowray.pipeline.node_limits import NodeLimits
-        from stowray.pipeline.registry import Registry
-
-        # Next to the store's locks: whoever shares the store shares what registries are asked.
-        limits = list(more)
-        if self.store.writable:
-            limits.append(NodeLimits(self.store.path / "locks" / "hosts"))
-        return Registry(
-            self.settings.registry,
-            environment=self._environment,
-            warn=self._warn,
-            shared=limits,
-            access=self._access,
-        )
-
-
-def _origin_key(source: Source) -> str:
-    """Return what tells origins apart: all registries are one, each image on disk is its own."""
-    return source.canonical if isinstance(source, DiskImage) else ""

@@ -15,13 +15,21 @@ from typing import TYPE_CHECKING
 from stowray.pipeline import tree_ops
 from stowray.pipeline.entry_list import OWNER, Record
 from stowray.pipeline.errors import LayerError, StorageError, escape
-from stowray.pipeline.overlay import HOST_LABELS, IMPLIED_ROOT, OPAQUE, ORIGIN, PRIVATE_PREFIXES
-from stowray.pipeline.overlay import namespace as overlay_namespace
+from stowray.pipeline.overlay_node import (
+    HOST_LABELS,
+    IMPLIED_ROOT,
+    OPAQUE,
+    ORIGIN,
+    PRIVATE_PREFIXES,
+)
+from stowray.pipeline.overlay_node import namespace as overlay_namespace
 from stowray.pipeline.staged_tree import ENTERED, PHANTOM, Directory, StagedTree
-from stowray.pipeline.tar import BLOCK_DEVICE, CHAR_DEVICE, FIFO, Entry, TarReader
+from stowray.pipeline.tar_entry import BLOCK_DEVICE, CHAR_DEVICE, FIFO, Entry
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from stowray.pipeline.tar import TarReader
 
 _SPECIAL_BITS = 0o7000
 _LARGE = 64 << 20

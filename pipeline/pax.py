@@ -17,7 +17,7 @@ from stowray.pipeline.errors import LayerError
 
 if TYPE_CHECKING:
     from stowray.pipeline.limits import LayerLimits
-    from stowray.pipeline.tar import Entry
+    from stowray.pipeline.tar_entry import Entry
 
 SCHILY_XATTR = b"SCHILY.xattr."
 LIBARCHIVE_XATTR = b"LIBARCHIVE.xattr."

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.layer import Staged
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.overlay_node import Node
 
 
 def settle(tree: Path, staged: Staged, below: ChainView) -> bool:

@@ -7,13 +7,20 @@ a permit ends with its time unless it is renewed, and with its node.
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.errors import UsageError
-from stowray.pipeline.origin_leases import DEFAULT_TTL_SECONDS
+from stowray.pipeline.origin_leases import DEFAULT_TTL_SECONDS, Later
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+# Who waits asks again after so long, and so much later for each one that is before it in the line.
+_SHORTEST_WAIT: Final = 0.02
+_WAIT_PER_PLACE: Final = 0.04
+_LONGEST_WAIT: Final = 0.5
+# Where permits last long, one more fraction of that does not matter.
+_PATIENCE: Final = 0.25
 
 
 class RegistryPermits:
@@ -40,11 +47,13 @@ class RegistryPermits:
         self._line: OrderedDict[tuple[str, str], float] = OrderedDict()
         self._pause_until = 0.0
         self._quiet_until = monotonic() + ttl_seconds if restarted else 0.0
+        self._moved = monotonic()  # when a permit last was given or given back
 
-    def ask(self, node: str, purpose: str) -> float:
+    def ask(self, node: str, purpose: str) -> float | Later:
         """Return for how many seconds ``node`` may use one connection for ``purpose``.
 
-        0: not now, ask again. Asking for what one has renews it.
+        Or when to ask again: soon for who is next in a line that moves. Asking for what one has
+        renews it.
         """
         now = self._now()
         permit = (node, purpose)
@@ -55,20 +64,19 @@ class RegistryPermits:
         # A place in the line is kept, not moved back, by asking again.
         self._line[permit] = now + self._ttl
         if now < max(self._pause_until, self._quiet_until):
-            return 0.0
-        free = self._limit - len(self._until)
-        for place, waiting in enumerate(self._line):
-            if place >= free:
-                return 0.0
-            if waiting == permit:
-                break
+            return Later(_LONGEST_WAIT)
+        place = list(self._line).index(permit) - (self._limit - len(self._until))
+        if place >= 0:
+            return self._wait(place, now)
         del self._line[permit]
         self._until[permit] = now + self._ttl
+        self._moved = now
         return self._ttl
 
     def give_back(self, node: str, purpose: str) -> None:
         """End a permit, or the wait for one."""
-        self._until.pop((node, purpose), None)
+        if self._until.pop((node, purpose), None) is not None:
+            self._moved = self._now()
         self._line.pop((node, purpose), None)
 
     def node_died(self, node: str) -> None:
@@ -77,8 +85,8 @@ class RegistryPermits:
             for permit in [permit for permit in table if permit[0] == node]:
                 del table[permit]
 
-    def declare(self, node: str, purpose: str) -> float:
-        """Enter again a permit of before a restart, also beyond the limit; return its seconds."""
+    def declare(self, node: str, purpose: str) -> float | Later:
+        """Enter again a permit of before a restart, also beyond the limit; see :meth:`ask`."""
         if self._now() >= self._quiet_until:
             return self.ask(node, purpose)
         self._until[node, purpose] = self._now() + self._ttl
@@ -93,6 +101,11 @@ class RegistryPermits:
         """How many permits are out."""
         self._forget(self._now())
         return len(self._until)
+
+    def _wait(self, place: int, now: float) -> Later:
+        """Return when who has ``place`` others before it in the line asks again."""
+        turn = _SHORTEST_WAIT + _WAIT_PER_PLACE * place
+        return Later(min(max(turn, _PATIENCE * (now - self._moved)), _LONGEST_WAIT))
 
     def _forget(self, now: float) -> None:
         for table in (self._until, self._line):

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.digest import Digest
-    from stowray.pipeline.overlay import Node
+    from stowray.pipeline.overlay_node import Node
     from stowray.pipeline.store import Store
 
 __all__ = ["Flattened", "Link", "check_destination", "flatten", "write_rootfs"]

@@ -20,12 +20,10 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import (
     DigestMismatchError,
-    InvalidDigestError,
     NotFoundError,
     StorageError,
 )
@@ -34,6 +32,7 @@ from stowray.pipeline.files import translated
 from stowray.pipeline.layer_trees import LayerRecord, LayerTrees
 from stowray.pipeline.limits import DEFAULT_LIMITS
 from stowray.pipeline.records import read_record, write_record
+from stowray.pipeline.snapshot_record import Snapshot, chain_id_of
 from stowray.pipeline.staging import LayerSource, Stager
 from stowray.pipeline.values import dataclass
 
@@ -42,65 +41,14 @@ if TYPE_CHECKING:
     from contextlib import AbstractContextManager
     from pathlib import Path
 
+    from stowray.pipeline.digest import Digest
     from stowray.pipeline.limits import LayerLimits
     from stowray.pipeline.overlay import ChainView
     from stowray.pipeline.staging import OpenRead
     from stowray.pipeline.store import Store
 
-_VERSION = 1
 # How long one waits for another process to stage the same layer before giving up.
 WAIT_SECONDS = 3600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """One committed link of a chain; ``layer`` names its tree, sizes are in bytes."""
-
-    chain_id: Digest
-    parent: Digest | None
-    diff_id: Digest
-    blob: Digest
-    layer: str
-    tar_size: int
-    unpacked_size: int
-    entries: int
-    created: float
-
-    def payload(self) -> dict[str, Any]:
-        """Return the record as JSON values."""
-        return {
-            "version": _VERSION,
-            "chain_id": self.chain_id,
-            "parent": self.parent,
-            "diff_id": self.diff_id,
-            "blob": self.blob,
-            "layer": self.layer,
-            "tar_size": self.tar_size,
-            "unpacked_size": self.unpacked_size,
-            "entries": self.entries,
-            "created": self.created,
-        }
-
-    @classmethod
-    def parse(cls, payload: dict[str, Any]) -> Snapshot | None:
-        """Return the snapshot that :meth:`payload` described; None for any other version."""
-        if payload.get("version") != _VERSION:
-            return None
-        try:
-            parent = payload["parent"]
-            return cls(
-                chain_id=Digest(str(payload["chain_id"])),
-                parent=None if parent is None else Digest(str(parent)),
-                diff_id=Digest(str(payload["diff_id"])),
-                blob=Digest(str(payload["blob"])),
-                layer=str(payload["layer"]),
-                tar_size=int(payload["tar_size"]),
-                unpacked_size=int(payload["unpacked_size"]),
-                entries=int(payload["entries"]),
-                created=float(payload["created"]),
-            )
-        except (KeyError, TypeError, ValueError, InvalidDigestError):
-            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,11 +65,6 @@ class StageOutcome:
     seconds: float
     warnings: tuple[str, ...] = ()
     blob: Digest | None = None
-
-
-def chain_id_of(parent: Digest | None, diff_id: Digest) -> Digest:
-    """Return the chain ID of ``diff_id`` on ``parent`` (image-spec, config.md, "Layer ChainID")."""
-    return diff_id if parent is None else Digest.of(f"{parent} {diff_id}".encode("ascii"))
 
 
 class Snapshots:

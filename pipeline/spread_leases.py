@@ -58,8 +58,8 @@ class Leases(Protocol):
     def declare(self, key: str, size: int, start: int, end: int) -> float:
         """Claim a lease of before a restart of the owner; seconds, 0 when it cannot be had."""
 
-    def permit(self, purpose: str) -> float:
-        """Ask for, or renew, one connection to the registry; seconds, 0: not now, ask again."""
+    def permit(self, purpose: str) -> float | Later:
+        """Ask for, or renew, one connection to the registry: for how many seconds, or when next."""
 
     def give_back(self, purpose: str) -> None:
         """End a permit, or the wait for one."""
@@ -87,6 +87,16 @@ def to_wire(answer: Answer) -> tuple[Any, ...]:
     if isinstance(answer, Elsewhere):
         return ("elsewhere", list(answer.nodes), answer.end, answer.reading, answer.seconds)
     return ("later", answer.seconds)
+
+
+def permit_to_wire(answer: float | Later) -> float:
+    """Return seconds of a permit as they are, and those until the next question negated."""
+    return -answer.seconds if isinstance(answer, Later) else answer
+
+
+def permit_from_wire(seconds: float) -> float | Later:
+    """Return the answer that :func:`permit_to_wire` described."""
+    return seconds if seconds > 0 else Later(-seconds)
 
 
 def from_wire(fields: Sequence[Any]) -> Answer:
@@ -170,7 +180,7 @@ class LocalLeases:
         with self._lock:
             return self._leases.declare(self._node, key, size, start, end)
 
-    def permit(self, purpose: str) -> float:
+    def permit(self, purpose: str) -> float | Later:
         """See :class:`Leases`."""
         with self._lock:
             return self._permits.ask(self._node, purpose)

@@ -7,6 +7,7 @@ Answers are checked as those of any pull (``registry``).
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
@@ -14,6 +15,7 @@ from stowray.pipeline.copying import BUFFER_SIZE, reader
 from stowray.pipeline.errors import CancelledError, ContentError, UnavailableError
 from stowray.pipeline.fetch import SOURCE_ERRORS, blame
 from stowray.pipeline.lane_choice import Ranged
+from stowray.pipeline.origin_leases import Later
 from stowray.pipeline.source_actions import ORIGIN
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
@@ -28,7 +30,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.spread_stream import StripeStream
 
 RENEW_SECONDS: Final = 1.0
-_PERMIT_PAUSES: Final = (0.05, 0.5)
+# After the owner of the permits did not answer, and when a lease ended in their line.
+_PERMIT_SECONDS: Final = 0.5
 _TOO_MANY: Final = 429
 _TOO_MANY_SECONDS: Final = 5.0
 # So often in a row each place may fail under one lease, before others get their turn.
@@ -44,6 +47,7 @@ class Lease:
     end: int
     until: float
     renewed: float = 0.0
+    has_permit: bool = False
 
     def is_lost(self, now: float) -> bool:
         """Tell whether others may read it by now."""
@@ -59,6 +63,8 @@ class OriginReader:
         self._leases = job.shared.leases
         self._places = list(job.places)
         self.failures = 0  # how often in a row it was left
+        # Renewals come from another thread: none may reach the owner after what it renews ended.
+        self._renewing = threading.Lock()
 
     def read(self, lease: Lease) -> Action | None:
         """Read what ``lease`` allows and return what the choice wants then."""
@@ -67,14 +73,16 @@ class OriginReader:
         stream.lease = lease
         try:
             if not self._get_permit(lease):
-                return choice.later(self._job.now(), _PERMIT_PAUSES[1])
+                return choice.later(self._job.now(), _PERMIT_SECONDS)
             choice.granted(self._job.now(), lease.end)
             stream.tell(ORIGIN)
             return stream.settle(self._read(lease))
         finally:
-            stream.lease = None
+            with self._renewing:
+                stream.lease = None
             with suppress(*OWNER_ERRORS):
                 self._leases.give_back(stream.key)
+            with suppress(*OWNER_ERRORS):
                 self._leases.progress(stream.key, choice.position)
                 self._leases.release(stream.key)
 
@@ -88,37 +96,45 @@ class OriginReader:
         position = stream.choice.position
         if position >= lease.end:
             return
-        with suppress(*OWNER_ERRORS):
+        with self._renewing, suppress(*OWNER_ERRORS):
+            if stream.lease is not lease:
+                return
             seconds = self._leases.progress(stream.key, position)
             if not seconds:
                 # Perhaps the owner has begun anew and knows of no lease.
                 length = stream.stripe.length
                 seconds = self._leases.declare(stream.key, length, position, lease.end)
-            if seconds:
-                self._leases.permit(stream.key)
             lease.until = now + seconds
+            if seconds and lease.has_permit:
+                self._leases.permit(stream.key)
 
     # -- permits ----------------------------------------------------------------------------------
 
     def _get_permit(self, lease: Lease) -> bool:
         """Wait for a connection; False when the lease ends before."""
-        pause, longest = _PERMIT_PAUSES
-        while True:
+        while not lease.is_lost(self._job.now()):
             self._job.check()
-            if lease.is_lost(self._job.now()):
-                return False
+            pause = _PERMIT_SECONDS
             with suppress(*OWNER_ERRORS):
-                if self._leases.permit(self._stream.key):
+                answer = self._leases.permit(self._stream.key)
+                if not isinstance(answer, Later):
+                    lease.has_permit = True
                     return True
+                pause = answer.seconds
             self._job.wait(pause)
-            pause = min(2 * pause, longest)
+        return False
+
+    def _give_back(self, lease: Lease) -> None:
+        with self._renewing:
+            lease.has_permit = False
+        with suppress(*OWNER_ERRORS):
+            self._leases.give_back(self._stream.key)
 
     # -- exchanges --------------------------------------------------------------------------------
 
     def _read(self, lease: Lease) -> Action | None:
         job, stream, choice = self._job, self._stream, self._stream.choice
         failures = 0
-        has_permit = True
         while choice.position < lease.end and not lease.is_lost(job.now()):
             start, end = next(stream.stripe.ranges(choice.position, lease.end))
             gap = job.ingest.gap(start, end)
@@ -127,7 +143,7 @@ class OriginReader:
                 if action is not None or choice.done:
                     return action
                 continue
-            if not has_permit and not self._get_permit(lease):
+            if not lease.has_permit and not self._get_permit(lease):
                 break
             before = choice.position
             try:
@@ -151,9 +167,7 @@ class OriginReader:
                 if action is not None or choice.done:
                     return action
             # Others may have waited for a connection longer than this stripe will.
-            has_permit = False
-            with suppress(*OWNER_ERRORS):
-                self._leases.give_back(stream.key)
+            self._give_back(lease)
         return choice.lease_lost(job.now())
 
     def _exchange(self, lease: Lease, start: int, end: int) -> Action | None:

@@ -15,7 +15,7 @@ from stowray.pipeline.entry_list import read_entry_list
 from stowray.pipeline.errors import StorageError, escape
 from stowray.pipeline.files import SCARCITY, storage_error, translated
 from stowray.pipeline.open_directories import OpenDirectories
-from stowray.pipeline.overlay import is_whiteout
+from stowray.pipeline.overlay_node import is_whiteout
 from stowray.pipeline.tree_ops import OPEN_DIRECTORY, name_path
 
 if TYPE_CHECKING:

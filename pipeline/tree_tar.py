@@ -18,7 +18,8 @@ from stowray.pipeline.files import write_all
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from stowray.pipeline.overlay import ChainView, Node
+    from stowray.pipeline.overlay import ChainView
+    from stowray.pipeline.overlay_node import Node
 
 BLOCK = 512
 # tar(1) reads and writes records of 20 blocks; a shorter last one draws warnings.

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.records import ReferenceRecord
-    from stowray.pipeline.snapshot import Snapshot
+    from stowray.pipeline.snapshot_record import Snapshot
     from stowray.pipeline.store import Store
 
 _LOCK_SECONDS = 60.0

@@ -20,23 +20,10 @@ if TYPE_CHECKING:
 settings.register_profile("unhurried", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("unhurried")
 
-HERE = Path(__file__).parent
-# With --dist loadgroup: who waits for a cluster's deadlines leaves the processors to the others,
-# and there is one cluster at a time.
-GROUPS = {
-    "real/test_prewarm_namespaces.py": "clusters",
-    "cluster": "clusters",
-    "real": "parts",
-}
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Say why a test cannot run here, and which tests share a process."""
+    """Say why a test cannot run here."""
     for item in items:
-        for place, group in GROUPS.items():
-            if item.path.is_relative_to(HERE / place):
-                item.add_marker(pytest.mark.xdist_group(group))
-                break
         if item.get_closest_marker("root") and os.geteuid() != 0:
             item.add_marker(pytest.mark.skip(reason="needs root"))
         wanted = item.get_closest_marker("peers")

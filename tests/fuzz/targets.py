@@ -74,9 +74,10 @@ from stowray.pipeline.reference import Reference
 from stowray.pipeline.removal import remove_tree
 from stowray.pipeline.runtime_spec import RunConfig, resolve_user
 from stowray.pipeline.settings import load_settings
-from stowray.pipeline.snapshot import Snapshot
+from stowray.pipeline.snapshot_record import Snapshot
 from stowray.pipeline.source import parse_source
-from stowray.pipeline.tar import FILE, TarReader
+from stowray.pipeline.tar import TarReader
+from stowray.pipeline.tar_entry import FILE
 from stowray.pipeline.trust import Stamp
 from tests.support import tars
 from tests.support.vectors import table

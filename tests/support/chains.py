@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.digest import Digest
-from stowray.pipeline.snapshot import chain_id_of
+from stowray.pipeline.snapshot_record import chain_id_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
-    from stowray.pipeline.snapshot import Snapshot, Snapshots
+    from stowray.pipeline.snapshot import Snapshots
+    from stowray.pipeline.snapshot_record import Snapshot
 
 
 def reader(data: bytes, size: int = 1 << 16) -> Callable[[], bytes]:

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import LayerError
 from stowray.pipeline.layer import stage_layer
-from stowray.pipeline.overlay import ChainView, is_whiteout, namespace
+from stowray.pipeline.overlay import ChainView
+from stowray.pipeline.overlay_node import is_whiteout, namespace
 from tests.support.entries import Entry
 from tests.support.stacks import commit, commit_all, tar_bytes
 from tests.support.trees import read_view, snapshot
@@ -25,7 +26,7 @@ from tests.support.vectors import table
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from stowray.pipeline.overlay import Node
+    from stowray.pipeline.overlay_node import Node
 
 Case = dict[str, Any]
 ORACLE: Case = table("layer_oracle")

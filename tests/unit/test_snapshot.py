@@ -31,7 +31,8 @@ from stowray.pipeline.layer_tasks import LayerTasks
 from stowray.pipeline.mount import mount, umount
 from stowray.pipeline.overlay import ChainView
 from stowray.pipeline.removal import remove_tree
-from stowray.pipeline.snapshot import Snapshots, chain_id_of
+from stowray.pipeline.snapshot import Snapshots
+from stowray.pipeline.snapshot_record import chain_id_of
 from stowray.pipeline.store import Store
 from tests.support.chains import Layer, commit_chain, reader
 from tests.support.plain_user import plain_directory, run_plain

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from stowray.pipeline.errors import LayerError
 from stowray.pipeline.limits import LayerLimits
-from stowray.pipeline.tar import FILE, Entry, TarReader
+from stowray.pipeline.tar import TarReader
+from stowray.pipeline.tar_entry import FILE, Entry
 from tests.support import tars
 from tests.support.tars import archive, file, source
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +24,8 @@ from tests.support.spread import Cluster, overlap, wait_until
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
+
+    from stowray.pipeline.spread_leases import LocalLeases
 
 MIB = 1 << 20
 UNIT = 1 * MIB
@@ -268,6 +271,44 @@ def test_the_origin_is_asked_with_a_permit_only(folder: Path) -> None:
 
 
 # Cancelling
+
+
+class _LateRenewals:
+    """Leases whose renewals are answered when the permit has been given back, or late."""
+
+    def __init__(self, leases: LocalLeases) -> None:
+        self._leases = leases
+        self._given_back = threading.Event()
+        self.renewed = 0
+
+    def of(self, node: str) -> _LateRenewals:
+        self._leases = self._leases.of(node)
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._leases, name)
+
+    def progress(self, key: str, position: int) -> float:
+        seconds = self._leases.progress(key, position)
+        if threading.current_thread().name != "stripe":
+            self.renewed += 1
+            self._given_back.wait(3)
+        return seconds
+
+    def give_back(self, purpose: str) -> None:
+        self._leases.give_back(purpose)
+        self._given_back.set()
+
+
+def test_a_renewal_under_way_takes_no_permit_that_was_given_back(folder: Path) -> None:
+    with Cluster(folder, 1, permits=1) as cluster:
+        cluster.leases = late = _LateRenewals(cluster.leases)  # type: ignore[assignment]
+        digest = cluster.add(incompressible(1 << 20))
+        cluster.origin.fault(f"/blobs/{digest}", Fault(trickle=(1 << 16, 0.1)))
+        cluster.spread(digest)
+        cluster.fetch(digest)
+        assert late.renewed
+        assert cluster.permits.used == 0
 
 
 def test_a_cancelled_fetch_ends_soon_and_keeps_what_it_has(cluster: Cluster) -> None:

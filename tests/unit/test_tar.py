@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stowray.pipeline import tar
+from stowray.pipeline import tar_entry
 from stowray.pipeline.compress import decompress
 from stowray.pipeline.errors import LayerError
 from stowray.pipeline.limits import LayerLimits
-from stowray.pipeline.tar import Entry, TarReader
+from stowray.pipeline.tar import TarReader
 from tests.support import tars
 from tests.support.tars import (
     END,
@@ -42,6 +42,8 @@ from tests.support.vectors import table
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+    from stowray.pipeline.tar_entry import Entry
 
 LIMITS = LayerLimits()
 FIELDS = (
@@ -107,13 +109,13 @@ def test_every_kind() -> None:
         for m in members(layer)
     ]
     assert found == [
-        (b"d/", tar.DIRECTORY, 0o755, b"", b""),
-        (b"d/f", tar.FILE, 0o4755, b"", b"content"),
-        (b"h", tar.HARDLINK, 0o644, b"d/f", b""),
-        (b"s", tar.SYMLINK, 0o777, b"d/f", b""),
-        (b"c", tar.CHAR_DEVICE, 0o644, b"", b""),
-        (b"b", tar.BLOCK_DEVICE, 0o644, b"", b""),
-        (b"p", tar.FIFO, 0o644, b"", b""),
+        (b"d/", tar_entry.DIRECTORY, 0o755, b"", b""),
+        (b"d/f", tar_entry.FILE, 0o4755, b"", b"content"),
+        (b"h", tar_entry.HARDLINK, 0o644, b"d/f", b""),
+        (b"s", tar_entry.SYMLINK, 0o777, b"d/f", b""),
+        (b"c", tar_entry.CHAR_DEVICE, 0o644, b"", b""),
+        (b"b", tar_entry.BLOCK_DEVICE, 0o644, b"", b""),
+        (b"p", tar_entry.FIFO, 0o644, b"", b""),
     ]
     first, *_, char, block, _ = members(layer)
     assert (first.fields["uid"], first.fields["gid"], first.fields["mtime_ns"]) == (1, 2, 3 * 10**9)
@@ -124,22 +126,26 @@ def test_every_kind() -> None:
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
-        pytest.param(header("f", kind=b"0"), {"kind": tar.FILE}, id="file"),
-        pytest.param(header("f", kind=b"\0"), {"kind": tar.FILE}, id="old file"),
-        pytest.param(header("d/", kind=b"\0"), {"kind": tar.DIRECTORY}, id="old directory"),
+        pytest.param(header("f", kind=b"0"), {"kind": tar_entry.FILE}, id="file"),
+        pytest.param(header("f", kind=b"\0"), {"kind": tar_entry.FILE}, id="old file"),
+        pytest.param(header("d/", kind=b"\0"), {"kind": tar_entry.DIRECTORY}, id="old directory"),
         pytest.param(
-            header("d/", kind=b"\0", size=512), {"kind": tar.DIRECTORY, "size": 0}, id="with size"
+            header("d/", kind=b"\0", size=512),
+            {"kind": tar_entry.DIRECTORY, "size": 0},
+            id="with size",
         ),
-        pytest.param(header("f", kind=b"7"), {"kind": tar.FILE}, id="contiguous file"),
-        pytest.param(header("f/", kind=b"0"), {"kind": tar.FILE, "name": b"f/"}, id="file with /"),
+        pytest.param(header("f", kind=b"7"), {"kind": tar_entry.FILE}, id="contiguous file"),
+        pytest.param(
+            header("f/", kind=b"0"), {"kind": tar_entry.FILE, "name": b"f/"}, id="file with /"
+        ),
         pytest.param(
             pax({"path": "long/"}) + header("f", kind=b"\0"),
-            {"kind": tar.DIRECTORY, "name": b"long/"},
+            {"kind": tar_entry.DIRECTORY, "name": b"long/"},
             id="old directory by its PAX path",
         ),
         pytest.param(
             gnu_long("long/") + header("f", kind=b"\0", magic=V7),
-            {"kind": tar.DIRECTORY, "name": b"long/"},
+            {"kind": tar_entry.DIRECTORY, "name": b"long/"},
             id="old directory by its long name",
         ),
         pytest.param(header("d", kind=b"5", size=99), {"size": 0}, id="directory with size"),
@@ -762,4 +768,4 @@ def test_headers_of_nonsense_are_read_or_refused(
         for member in found:
             assert 0 <= member.fields["size"] < 2**63
             assert 0 <= member.fields["uid"] <= 2**32 - 2
-            assert tar.FILE <= member.fields["kind"] <= tar.FIFO
+            assert tar_entry.FILE <= member.fields["kind"] <= tar_entry.FIFO
