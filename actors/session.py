@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 
 # Raised whenever what travels between a program and a session's actors changes its meaning.
 PROTOCOL = 2
-FORMAT = 2
+FORMAT = 1
 STATE_LIMIT = 1 << 20
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
@@ -98,7 +98,7 @@ class Session:
             address=str(data["address"]),
             token_path=str(data["token_path"]),
             directory=str(data["directory"]),
-            door=str(data["door"]),
+            door=str(data.get("door", "")),
             version=str(data["version"]),
             protocol=int(data["protocol"]),
             python=str(data["python"]),

@@ -289,7 +289,7 @@ def test_a_pause_holds_for_pulls_of_one_store_through_one_session_and_for_no_oth
     told = Fault(status=429, headers=(("Retry-After", f"{pause:.0f}"),), then=asked.set)
     registry.fault("a/first/blobs/", told)
     first = drive("auto", str(here / "one"), references[0])
-    assert first.line() == "connected True"
+    assert first.line() == "connected False"
     assert asked.wait(120)
     (begun,) = [request.time for request in registry.seen("a/first/blobs/")]
     elsewhere = drive("auto", str(here / "other"), references[2])

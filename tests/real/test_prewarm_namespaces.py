@@ -8,7 +8,9 @@ from __future__ import annotations
 import base64
 import json
 import signal
+import tempfile
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -21,7 +23,6 @@ from tests.support.registry import FakeRegistry
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
-    from pathlib import Path
 
     from tests.support.machines import Machines
     from tests.support.origin import Origin
@@ -52,8 +53,8 @@ class Site:
 
 @pytest.fixture(scope="module")
 def machines_with_ray(fast_tmp: Path) -> Iterator[tuple[Machines, str]]:
-    folder = fast_tmp / "machines"
-    folder.mkdir()
+    # A name of its own for each try.
+    folder = Path(tempfile.mkdtemp(prefix="machines-", dir=fast_tmp))
     with machines(folder, NAMES) as net, net.ray(system=json.dumps(PATIENT)) as address:
         yield net, address
 

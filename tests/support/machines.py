@@ -236,6 +236,8 @@ class Machines:
         return {
             **kept,
             "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+            # Whatever token another Ray has left in this home.
+            "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_TMPDIR": str(self.temporary),

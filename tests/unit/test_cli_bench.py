@@ -129,7 +129,8 @@ def test_bad_usage_measures_nothing(cli, arguments: tuple[str, ...]) -> None:
 def test_a_pull_is_recorded_and_drawn(cli, registry: FakeRegistry, tmp_path: Path) -> None:
     kept, page = tmp_path / "kept", tmp_path / "page.html"
     reference = f"{registry.host}/a/b:1"
-    registry.add_image("fails", "1", LAYERS)
+    # Of its own: what the other pull brings would serve this one too.
+    registry.add_image("fails", "1", [small_tar({"fails": b"1"})])
     registry.fault("/fails/blobs/", Fault(status=404), repeat=True)
     status, _, _ = cli("pull", reference, f"{registry.host}/fails:1", "-q", "--record", kept)
     assert status == 1

@@ -233,3 +233,17 @@ def test_asking_whether_a_session_is_warm_imports_no_ray(folder: Path) -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout.split() == []
+
+
+def test_a_session_from_before_there_were_doors_is_found_and_not_used(
+    folder: Path, start: Callable[[], subprocess.Popen[bytes]]
+) -> None:
+    known = describe(folder, found(start().pid))
+    fields = {**known.to_dict(), "protocol": 1}
+    del fields["door"]
+    session.state_path(folder).write_text(json.dumps(fields))
+    old = session.find_session(folder)
+    assert old is not None
+    assert old.is_alive
+    assert not old.fits
+    assert session.warm_session() is None
