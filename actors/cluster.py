@@ -143,15 +143,6 @@ def ask_by_value(function: Callable[[], Value], node_id: str) -> ray.ObjectRef[V
         ray.cloudpickle.unregister_pickle_by_value(module)  # type: ignore[no-untyped-call]
 
 
-def find_actor(role: str) -> Any:
-    """Return the session's actor of that role; NodeError when there is none."""
-    name = session_name(role)
-    try:
-        return ray.get_actor(name)
-    except (ValueError, ray.exceptions.RayError) as error:
-        raise NodeError(name, "no such actor; start the session anew") from error
-
-
 def end(actor: Any) -> None:
     """End an actor's process at once; one that is gone already is no error."""
     with contextlib.suppress(ray.exceptions.RayError, ValueError, RuntimeError):
