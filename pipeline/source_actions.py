@@ -17,7 +17,8 @@ ORIGIN: Final = ""
 class Patience:
     """For how long, in seconds, what is put up with.
 
-    A source is dead after ``silence`` without a byte and ``answer`` without an answer. It is slow
+    A source is left after ``silence`` without a byte and ``answer`` without an answer; it may be busy
+    only, and counts as failed when that has gone on for ``deaf``. It is slow
     when it gives less than ``slow_fraction`` of the expected rate, or less than ``least_rate``
     bytes per second, for ``slow``. One that waits for its own source is left after ``starved``.
     Who failed is passed over for ``avoid``, twice as long each time. ``tries`` is how often the
@@ -32,6 +33,7 @@ class Patience:
     least_rate: float = 1024.0
     starved: float = 8.0
     avoid: float = 5.0
+    deaf: float = 8.0
     tries: int = 6
     margin: int = 16 << 20
 
