@@ -143,7 +143,7 @@ class NodeActor:
             progress.close()
             if forwarder is not None:
                 forwarder.close()
-        events = [event.to_dict() for event in progress.events()]
+        events = [event.to_wire() for event in progress.events()]
         return {**reply, "events": events, "ways": ways.all(), "warnings": warnings}
 
     @ray.method(concurrency_group="control")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import metrics_option, observe_bench
 
 if TYPE_CHECKING:
     from stowray.bench_runs import Mode
@@ -35,6 +36,7 @@ _IN = click.Path(dir_okay=False, exists=True, path_type=Path)
 @click.option("--disk", metavar="DIR", help="Where the stores are made; default: beside --store.")
 @click.option("--record", metavar="FILE", type=_OUT, help="Keep all figures in FILE.")
 @click.option("--html", metavar="FILE", type=_OUT, help="Also draw the figures into FILE.")
+@metrics_option
 @click.option(
     "--compare",
     nargs=2,
@@ -51,6 +53,7 @@ def bench_command(
     disk: str | None,
     record: Path | None,
     html: Path | None,
+    metrics: Path | None,
     compare: tuple[Path, Path] | None,
 ) -> int:
     """Pull each REF several times and show how long each stage took: median, lowest, highest.
@@ -75,6 +78,7 @@ def bench_command(
         measured.write(record)
     if html is not None:
         _draw(measured, html)
+    observe_bench(context, measured, metrics)
     return _answer(context, measured, len(references))
 
 
