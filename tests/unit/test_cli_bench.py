@@ -163,6 +163,16 @@ def test_records_are_compared(cli, registry: FakeRegistry, tmp_path: Path) -> No
     assert {stage["stage"] for stage in lines[0]["stages"]} >= {"total", "process"}
     status, out, _ = cli("bench", "--compare", tmp_path / "one", tmp_path / "two")
     assert "may be chance" in out
+    page = tmp_path / "compared.html"
+    records = tmp_path / "one", tmp_path / "two"
+    assert cli("bench", "--compare", *records, "--html", page)[0] == 0
+    shown = page.read_text()
+    for stage in ("resolve", "fetch", "apply", "total", "process"):
+        for side in ("first", "second"):
+            assert f">{stage} · {side}<" in shown
+    assert shown.count("may be chance") == out.count("may be chance")
+    assert cli("bench", "--compare", *records, "--record", tmp_path / "no")[0] == 2
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("Not A Reference",)])
