@@ -16,7 +16,6 @@ import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tests.support.armed.sitecustomize import ORDER, STORES
 from tests.support.command import COMMAND_SECONDS, Stowray
@@ -25,9 +24,6 @@ from tests.support.interpose import locked_elsewhere
 from tests.support.invariants import age, check_store, trees_of
 from tests.support.registry import FakeRegistry, incompressible
 from tests.support.stacks import tar_bytes
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 HERE = Path(__file__).parent
 # What each pull of a store that is made anew comes by, in this order.
@@ -116,7 +112,8 @@ class ActorKills:
         command = self._command(next(self._numbers))
         with command.running("pull", self.reference) as process:
             time.sleep(seconds)
-            victims = [process.pid] if who == "driver" else list(self._processes(who))
+            known = {process.pid: who} if who == "driver" else actors_of(str(self._order))
+            victims = [pid for pid, kind in known.items() if kind == who]
             for victim in victims[:1]:
                 with suppress(ProcessLookupError):
                     os.kill(victim, signal.SIGKILL)
@@ -160,16 +157,20 @@ class ActorKills:
                     return
             time.sleep(0.02)
 
-    def _processes(self, who: str) -> Iterator[int]:
-        """Yield the session's actors of a kind."""
-        for entry in Path("/proc").iterdir():
-            with suppress(OSError):
-                if (
-                    entry.name.isdigit()
-                    and (entry / "comm").read_text().strip() == f"ray::{who}"[:15]
-                    and str(self._order).encode() in (entry / "environ").read_bytes()
-                ):
-                    yield int(entry.name)
+
+def actors_of(mark: str) -> dict[int, str]:
+    """Return the actors whose environment holds ``mark``: their kinds by process id."""
+    # prctl(2), PR_SET_NAME keeps 15 bytes of `ray::KIND` or `ray::KIND.method`.
+    kinds = {kind[:10]: kind for kind in ACTORS}
+    found: dict[int, str] = {}
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and mark.encode() in (entry / "environ").read_bytes():
+                name = (entry / "comm").read_text().strip().removeprefix("ray::")
+                kind = kinds.get(name.partition(".")[0])
+                if kind is not None:
+                    found[int(entry.name)] = kind
+    return found
 
 
 def _layers() -> list[bytes]:

@@ -48,19 +48,23 @@ class Armed:
         return (who, where, name) if self._is(who) else ("", "", "")
 
     def _is(self, who: str) -> bool:
-        # prctl(2), PR_SET_NAME: at most 15 bytes.
-        own = Path("/proc/self/comm").read_text().strip()
+        own = _own_name()
         if who == "driver":
             return not own.startswith("ray::")
         return own.startswith("ray::") and (who == "*" or own == f"ray::{who}"[:15])
 
     def _die(self, who: str) -> None:
-        own = Path("/proc/self/comm").read_text().strip().removeprefix("ray::")
+        own = _own_name().removeprefix("ray::")
         try:
             self._rename(self._order, f"{self._order}.{who if who != '*' else own}")
         except FileNotFoundError:
             return  # another process was first
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _own_name() -> str:
+    """Return what Ray calls this process; prctl(2), PR_SET_NAME keeps 15 bytes of it."""
+    return Path("/proc/self/comm").read_text().strip().partition(".")[0]
 
 
 def _arm() -> None:
