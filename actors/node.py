@@ -117,7 +117,7 @@ class NodeActor:
         With ``spread``, as a part of the pre-warm run that was begun, also what each blob's way
         was, and whether all of it is on disk now.
         """
-        progress = Progress(node=self._node)
+        progress = Progress(node=request["settings"]["node"] or self._node)
         run = request["run"]
         self._runs[run] = progress
         forwarder = self._forwarder(request)

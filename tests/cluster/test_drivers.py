@@ -351,6 +351,8 @@ def test_a_pull_through_a_session_leaves_the_figures_of_a_local_one(
         return {(s.kind, s.id): (s.status, s.total, s.retries) for s in run.spans}
 
     assert spans(remote) == spans(local)
+    # By the name of the one who pulls, whatever the session was called when it was started.
+    assert {span.node for span in remote.spans} == {span.node for span in local.spans}
     for span in remote.spans:
         assert span.completed is not None
         assert span.started <= span.active <= span.end <= remote.seconds + 0.1
