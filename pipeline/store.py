@@ -25,7 +25,7 @@ from stowray.pipeline.clock import Boot, boot_time_ns
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import read_regular, replace_file, translated
-from stowray.pipeline.foundation import FORMAT, create_store, open_root, read_version
+from stowray.pipeline.foundation import FORMAT, create_store, open_root, read_version, require_owner
 from stowray.pipeline.recordfile import encode_record, read_record_file
 from stowray.pipeline.trust import Trust
 
@@ -62,6 +62,7 @@ class Store(BlobStore):
         path = Path(os.path.abspath(path))
         descriptor = open_root(path, create=create)
         try:
+            require_owner(path, descriptor)
             version, found = read_version(path), None
             if version is None:
                 if not create:
