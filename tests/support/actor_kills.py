@@ -47,6 +47,7 @@ POINTS = (
     "index-derived",
 )
 ACTORS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
+WRITERS = ACTORS[:4]
 QUIET_SECONDS = 60.0
 # The pull was done after all, or a node could not do it.
 ENDS = (0, 6)
