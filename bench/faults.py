@@ -116,7 +116,7 @@ def _actors(options: argparse.Namespace) -> int:
                     raise
                 return "bad"
 
-        for who, point in itertools.product(WRITERS, POINTS):
+        for who, point in itertools.product((*WRITERS, "driver"), POINTS):
             victim = attempt(lambda who=who, point=point: kills.at(who, point))  # type: ignore[misc]
             print(json.dumps({"point": point, "killed": victim}), flush=True)
         for who in (*ACTORS, "driver"):
