@@ -158,6 +158,7 @@ class Copier:
             if not lanes.is_proven:
                 raise
             work.retries.count += 1
+            work.tell("retrying", copying.ingest.offset)
         if lanes.is_proven and copying.ingest.offset < work.descriptor.size:
             # It would go on with what the others fetch.
             copying.stream.close()

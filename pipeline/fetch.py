@@ -264,6 +264,7 @@ class Fetcher:
                     work.origins.append(work.origins.pop(0))
                     if gained >= work.retries.policy.least_progress:
                         work.retries.count += 1
+                        work.tell("retrying", ingest.offset)
                     else:
                         tired += 1
                     if tired >= len(work.origins):
