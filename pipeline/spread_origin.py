@@ -168,13 +168,18 @@ class OriginReader:
         return choice.lease_lost(job.now())
 
     def _exchange(self, lease: Lease, start: int, end: int) -> Action | None:
-        """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request."""
+        """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request.
+
+        A host that knows no ranges sends the rest of the blob anyway: the stripe's later parts are
+        taken from it as well, else each would cost the blob from its start.
+        """
         job, stream = self._job, self._stream
 
         def is_over() -> bool:
             return job.is_over() or lease.is_lost(job.now())
 
-        with self._open(start, end, is_over) as answer:
+        answer, goes_on = self._open(start, end, is_over)
+        with answer:
             read_into = reader(answer)
             at = answer.offset
             if at > start:
@@ -196,19 +201,33 @@ class OriginReader:
                 at += count
                 if stream.choice.done or lease.is_lost(job.now()):
                     return action
+                if at == end and goes_on and action is None:
+                    start, end = self._next_gap(lease) or (start, end)
             # Past the end of the body's framing, so that the connection is free again. Whether
             # what came is the blob is for its digest to tell.
             with suppress(UnavailableError):
                 read_into(buffer[:1])
             return action
 
-    def _open(self, start: int, end: int, is_over: Callable[[], bool]) -> BlobStream:
+    def _next_gap(self, lease: Lease) -> tuple[int, int] | None:
+        """Return what comes next in the stripe if it is not here; None at the lease's end."""
+        stream = self._stream
+        position = stream.choice.position
+        if position >= lease.end:
+            return None
+        start, end = next(stream.stripe.ranges(position, lease.end))
+        gap = self._job.ingest.gap(start, end)
+        return gap if gap is not None and gap[0] == start else None
+
+    def _open(self, start: int, end: int, is_over: Callable[[], bool]) -> tuple[BlobStream, bool]:
+        """Return an answer, and whether it goes on behind ``end``."""
         place, work = self._places[0], self._job.work
         if end < work.descriptor.size and isinstance(place, Ranged):
             part = place.open_range(work.reference, work.descriptor, start, end, is_over)
             if part is not None:
-                return part
-        return place.open_blob(work.reference, work.descriptor, start, cancelled=is_over)
+                return part, False
+        blob = place.open_blob(work.reference, work.descriptor, start, cancelled=is_over)
+        return blob, end < work.descriptor.size
 
     def _blame(self, error: StowrayError) -> None:
         """Take note of an exchange that failed, and put the next place first."""
