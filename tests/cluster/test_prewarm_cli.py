@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,10 +10,15 @@ import subprocess
 import sys
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
+from stowray.pipeline.digest import Digest
 from stowray.pipeline.lock_file import read_lock
 from stowray.pipeline.prewarm_report import PrewarmReport
 from stowray.pipeline.progress import FINAL
-from tests.cluster.prewarm import add_image
+from stowray.pipeline.store import Store
+from tests.cluster.prewarm import add_image, layer
+from tests.support import peers, runtimes
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -80,7 +86,14 @@ def test_plan_prewarm_status_and_repair(
 
     digest = results[0]["layers"][0]["digest"].partition(":")[2]
     blobs = registry.count("/blobs/")
-    (workspace / "n2" / "blobs" / "sha256" / digest).unlink()
+    rotten = workspace / "n2" / "blobs" / "sha256" / digest
+    rotten.chmod(0o600)
+    with rotten.open("r+b") as file:
+        file.write(b"rotten")
+    with contextlib.closing(Store.open(workspace / "n2")) as store:
+        # As the node does itself when a peer doubts what it sent.
+        assert not store.prove(Digest(f"sha256:{digest}"))
+    assert not rotten.exists(), "what is not the blob has its name"
     code, out, err = finish(start("--json", "status", "-f", plan))
     assert code == 1, err
     assert {line["node"] for line in lines_of(out) if not line["present"]} == {"n2"}
@@ -130,6 +143,70 @@ def test_nodes_are_selected_and_events_are_told(
     assert {event["status"] for event in last.values()} <= FINAL, "something never ended"
     (job,) = [event for event in last.values() if event["kind"] == "job"]
     assert (job["status"], job["current"], job["total"]) == ("done", 1, 1)
+
+
+ANOTHER_MACHINE = """
+import os
+real = os.uname
+os.uname = lambda: os.uname_result((*real()[:4], "aarch64"))
+"""
+
+
+@pytest.mark.peers
+@pytest.mark.root
+def test_a_node_of_another_platform_gets_its_own_and_hands_it_to_its_runtime(
+    start: Callable[..., subprocess.Popen[str]],
+    four_nodes: RayCluster,
+    registry: FakeRegistry,
+    workspace: Path,
+) -> None:
+    peers.require("podman")
+    images = {
+        f"linux/{name}": registry.add_image("a/both", None, [layer(name)], architecture=name)
+        for name in ("amd64", "arm64")
+    }
+    registry.add_index("a/both", "1", images)
+    registry.add_image("a/arm", "1", [layer("only")], architecture="arm64")
+    both, only = f"{registry.host}/a/both:1", f"{registry.host}/a/arm:1"
+    plan = workspace / "plan.toml"
+    plan.write_text(
+        f'images = ["{both}", {{reference = "{only}", platforms = ["linux/arm64"]}}]\n'
+        'nodes = {names = ["n1", "arm"]}\n'
+    )
+    other = workspace / "other"
+    other.mkdir()
+    (other / "sitecustomize.py").write_text(ANOTHER_MACHINE)
+    with runtimes.podman(workspace / "podman") as podman:
+        four_nodes.add("arm", PYTHONPATH=str(other), **podman.environment)
+        try:
+            code, out, err = finish(start("--json", "plan", "-f", plan))
+            assert code == 0, err
+            *needs, _ = lines_of(out)
+            wanted = {(line["node"], line["reference"], line["platform"]) for line in needs}
+            ours = {("n1", both, "linux/amd64")}
+            theirs = {("arm", both, "linux/arm64"), ("arm", only, "linux/arm64")}
+            assert wanted == ours | theirs, out
+            record = workspace / "r.json"
+            handing = workspace / "handing.toml"
+            handing.write_text(
+                f'images = [{{reference = "{only}", platforms = ["linux/arm64"]}}]\n'
+                'nodes = {names = ["arm"]}\ndeliver = ["podman"]\n'
+            )
+            code, _, err = finish(start("prewarm", "-f", handing, "--report", record))
+            assert code == 0, err
+            code, out, err = finish(start("--json", "prewarm", "-f", plan))
+            assert code == 0, err
+        finally:
+            four_nodes.kill("arm")
+        report = PrewarmReport.from_dict(json.loads(record.read_text()))
+        assert {(one.node, one.reference, one.error) for one in report.deliveries} == {
+            ("arm", only, None),
+        }
+        assert podman.inspect(only, "{{.Architecture}}") == "arm64"
+    got = {(line["node"], line["reference"]): line["digest"] for line in lines_of(out)}
+    assert got["n1", both] == images["linux/amd64"]
+    assert got["arm", both] == images["linux/arm64"]
+    assert not got["n1", only], "what a node is not to have is told of it"
 
 
 def test_a_signal_ends_a_run_with_its_report(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from tests.cluster.prewarm import (
 )
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
@@ -144,6 +146,44 @@ def test_a_killed_driver_leaves_nothing_behind(
     code, _ = drive(reference).finish()
     assert code == 0
     assert registry.seen(path)[-1].range is not None
+
+
+def test_with_one_try_an_actor_that_dies_is_a_node_that_fails(
+    start: Callable[..., subprocess.Popen[str]],
+    registry: FakeRegistry,
+    source: Origin,
+    four_nodes: RayCluster,
+    workspace: Path,
+    until: Until,
+) -> None:
+    reference, _ = add_held(registry, source)
+    process = start("--json", "prewarm", reference, "--nodes", "n[12]", "--tries", "1")
+    until(lambda: bool(arrived(workspace, "n1") and arrived(workspace, "n2")))
+    (actor,) = ours(four_nodes, "n1", "NodeActor")
+    os.kill(actor, signal.SIGKILL)
+    source.hold_after(None)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == 1, err
+    lines = {line["node"]: line for line in map(json.loads, out.splitlines())}
+    assert lines["n1"]["error"]["type"] == "NodeError"
+    assert lines["n2"]["present"]
+
+
+def test_a_killed_pull_on_ray_leaves_no_actor_behind(
+    start: Callable[..., subprocess.Popen[str]],
+    registry: FakeRegistry,
+    source: Origin,
+    four_nodes: RayCluster,
+    until: Until,
+) -> None:
+    """Nobody tells its actors to go: they end with the job that made them."""
+    reference, blob = add_held(registry, source)
+    process = start("--engine", "ray", "pull", reference)
+    until(lambda: bool(registry.count(blob)))
+    assert ours(four_nodes, "n0", "FetchActor")
+    process.kill()
+    process.communicate(timeout=240)
+    until(lambda: is_gone(four_nodes))
 
 
 def test_a_watched_cluster_warms_who_joins_before_it_counts(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import subprocess
 import time
 from typing import TYPE_CHECKING
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stowray.pipeline.lock_file import read_lock
-from tests.cluster.prewarm import Driver, add_image, layer, states, statuses
+from tests.cluster.prewarm import SECONDS, Driver, add_image, layer, states, statuses
 from tests.support.registry import FakeRegistry, Fault
 
 if TYPE_CHECKING:
@@ -176,7 +177,9 @@ def test_what_fails_fails_alone(drive: Callable[..., Driver], registry: FakeRegi
 
 
 def test_time_that_is_up_ends_the_run_with_a_report(
-    drive: Callable[..., Driver], registry: FakeRegistry
+    drive: Callable[..., Driver],
+    start: Callable[..., subprocess.Popen[str]],
+    registry: FakeRegistry,
 ) -> None:
     quick, slow = add_image(registry, "quick", 1000), add_image(registry, "slow", 3 << 20)
     (blob,) = [digest for digest, data in registry.blobs.items() if len(data) > 1 << 20]
@@ -187,10 +190,12 @@ def test_time_that_is_up_ends_the_run_with_a_report(
     assert statuses(report) == {"n1": {"done", "failed"}}
     assert [cell["error"]["type"] for cell in report["cells"] if cell["error"]] == ["DeadlineError"]
 
-    code, report = drive(slow, plan=nodes | {"failure.deadline_seconds": 12}).finish()
-    assert code == 6
-    assert states(report) == {"n1": "failed"}
-    assert errors(report, "n1") == {"DeadlineError"}
+    # As an option, of the whole run.
+    process = start("--json", "prewarm", slow, "--nodes", "n1", "--deadline", "12")
+    out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 6, err
+    (line,) = [json.loads(text) for text in out.splitlines()]
+    assert (line["node"], line["error"]["type"]) == ("n1", "DeadlineError")
 
 
 def test_a_lock_pins_what_a_tag_named_and_drift_is_told(
@@ -252,10 +257,22 @@ def small_disk(workspace: Path) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(place)], check=True)
 
 
+@pytest.fixture
+def sealed_disk(workspace: Path) -> Iterator[Path]:
+    """A disk for n3's store that cannot be written."""
+    place = workspace / "n3"
+    place.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "ro", "sealed", str(place)], check=True)
+    yield place
+    with contextlib.suppress(subprocess.CalledProcessError):
+        subprocess.run(["umount", "--lazy", str(place)], check=True)
+
+
 @pytest.mark.root
 def test_a_node_without_room_is_refused_before_the_first_byte(
-    drive: Callable[..., Driver], registry: FakeRegistry, small_disk: Path
+    drive: Callable[..., Driver], registry: FakeRegistry, small_disk: Path, sealed_disk: Path
 ) -> None:
+    """One whose disk cannot be written fails alone."""
     reference = add_image(registry, "large", 16 << 20)
     planned = drive(reference, do="plan").finish()[1]
     assert planned["totals"]["refused"] == ["n2"]
@@ -263,8 +280,11 @@ def test_a_node_without_room_is_refused_before_the_first_byte(
     assert registry.count("/blobs/") == 1, "a plan fetches the config and nothing else"
     code, report = drive(reference).finish()
     assert code == 1
-    assert states(report) == {"n0": "ready", "n1": "ready", "n2": "refused", "n3": "ready"}
+    assert states(report) == {"n0": "ready", "n1": "ready", "n2": "refused", "n3": "failed"}
     assert errors(report, "n2") == {"StorageError"}
+    rows = {node["name"]: node for node in report["nodes"]}
+    assert rows["n3"]["error"]["type"] == "StorageError"
+    assert list(sealed_disk.iterdir()) == []
     assert list((small_disk / "ingest").iterdir()) == []
     row = next(node for node in report["nodes"] if node["name"] == "n2")
     assert row["disk_needed"] > row["disk_free"]
