@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, joined_ray
-from stowray.actors.session import warm_session
+from stowray.actors.session_state import warm_session
 from stowray.pipeline.errors import UsageError
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from stowray.actors.embedded import RayAddress
-    from stowray.actors.session import Session
+    from stowray.actors.session_state import Session
     from stowray.pipeline.settings import Settings
 
 
