@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stowray.actors.embedded import attached_ray, embedded_ray, is_connected, joined_ray
-from stowray.actors.session import warm_session
+from stowray.actors.session_state import warm_session
 from stowray.pipeline.errors import StorageError, UsageError
 from stowray.pipeline.files import read_regular
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
 
     from stowray.actors.embedded import RayAddress
-    from stowray.actors.session import Session
+    from stowray.actors.session_state import Session
     from stowray.pipeline.settings import Settings
 
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import StowrayError
-from tests.support.actor_kills import ACTORS, POINTS, ActorKills
+from tests.support.actor_kills import ACTORS, POINTS, WRITERS, ActorKills
 from tests.support.flips import HOWS, Flips
 from tests.support.sweeps import DISK_CODES, LOSSES, Sweep
 
@@ -116,8 +116,8 @@ def _actors(options: argparse.Namespace) -> int:
                     raise
                 return "bad"
 
-        for point in POINTS:
-            victim = attempt(lambda point=point: kills.at("*", point))  # type: ignore[misc]
+        for who, point in itertools.product((*WRITERS, "driver"), POINTS):
+            victim = attempt(lambda who=who, point=point: kills.at(who, point))  # type: ignore[misc]
             print(json.dumps({"point": point, "killed": victim}), flush=True)
         for who in (*ACTORS, "driver"):
             for number in itertools.count(options.first, options.every):

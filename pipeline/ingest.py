@@ -7,6 +7,9 @@ visible under ``blobs/`` before its size and digest are proven, and a resumed pr
 from the disk and compared with the journal before a byte is added to it. What was written beyond
 the prefix is kept for the next writer of the same boot, and proven with the whole; followers see it
 only where a blob comes in stripes (``stripe_state``).
+
+A blob that comes whole at once needs none of that: an ingest that is opened *bare* has its lock
+alone until something must be kept or shown.
 """
 
 from __future__ import annotations
@@ -18,19 +21,25 @@ from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
-from stowray.pipeline.files import make_directory, storage_error, translated
-from stowray.pipeline.ingest_home import discard_ingest, free_bytes
+from stowray.pipeline.files import translated
+from stowray.pipeline.ingest_home import (
+    create_data,
+    discard_ingest,
+    has_room,
+    put_at,
+    require_room,
+)
+from stowray.pipeline.ingest_rest import find_rest
 from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, GROWING, IngestState, boot_key
-from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
-from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
+from stowray.pipeline.journal import Checkpoint, Journal
+from stowray.pipeline.locks import try_lock, unlock
 from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY, PrefixDigest
-from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
+from stowray.pipeline.stripe_state import StripeState, end_showing
 from stowray.pipeline.written_ranges import WrittenRanges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.ingest_home import IngestHome
@@ -39,42 +48,13 @@ SMALLEST_ISLAND = 4 << 10
 _LIFE_SIGN_ATTEMPTS = 1000
 
 
-def acquire(home: IngestHome, digest: Digest, size: int) -> Ingest | None:
-    """Become the writer of ``digest`` without waiting; None when another live writer is."""
-    directory = home.ingest_path(digest)
-    with translated(directory, "begin an ingest"):
-        while True:
-            try:
-                make_directory(directory)
-                lock = open_lock(directory / "lock")
-            except FileNotFoundError:
-                continue  # another writer has just committed and removed the directory
-            if not try_lock(lock):
-                os.close(lock)
-                return None
-            if is_current(lock, directory / "lock"):
-                break
-            os.close(lock)
-        try:
-            ingest = Ingest(home, digest, size, directory, lock)
-        except BaseException:
-            os.close(lock)
-            raise
-    try:
-        alive = ingest.open()
-    except BaseException:
-        ingest.close()
-        raise
-    return ingest if alive else None
-
-
 class Ingest:
     """The one writer of a blob; a context manager that keeps the partial for the next one."""
 
     def __init__(
         self, home: IngestHome, digest: Digest, size: int, directory: Path, lock: int
     ) -> None:
-        """Take over the held ``lock``; use ``acquire``."""
+        """Take over the held ``lock``; use :func:`stowray.pipeline.acquire.acquire`."""
         self.digest = digest
         self.repository = ""  # on whose behalf it is fetched, for the blob's record
         self.size = size
@@ -99,17 +79,30 @@ class Ingest:
         )
         self._finished = False
         self._is_given_up = False
+        self._is_bare = False  # nothing is on disk but the lock
+        self._whole = memoryview(b"")  # all of a blob that came at once, while it is bare
 
     # -- life -------------------------------------------------------------------------------------
 
-    def open(self) -> bool:
-        """Find the resume point; False when a follower's test never let the sign of life go."""
+    def open(self, *, bare: bool = False) -> bool:
+        """Find the resume point; False when a follower's test never let the sign of life go.
+
+        With ``bare``, and nothing of an earlier writer, no file is made before one is needed.
+        """
         if self._home.has(self.digest, self.size):
             # Committed between the caller's look and our lock: nothing to write.
             self._finished = True
             self._ranges.reset(self.size)
             self._remove()
             return True
+        if bare and not os.path.lexists(self._directory / "state"):
+            self._is_bare = True
+            self.generation = 1
+            self._reserve()
+            return True
+        return self._begin_files()
+
+    def _begin_files(self) -> bool:
         with translated(self._directory, "open an ingest"):
             state = self._state = IngestState.create(self._directory / "state")
             for _ in range(_LIFE_SIGN_ATTEMPTS):
@@ -126,12 +119,7 @@ class Ingest:
     def __enter__(self) -> Ingest:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -139,7 +127,9 @@ class Ingest:
         if self._lock < 0:
             return
         try:
-            if not self._finished and self._journal is not None and self._data >= 0:
+            if self._is_bare and not self._finished:
+                self._remove()
+            elif not self._finished and self._journal is not None and self._data >= 0:
                 # The exact end, so that a later resume has proof up to here. On a full disk there
                 # is none, and the resume goes back to the last checkpoint.
                 with suppress(StorageError):
@@ -171,6 +161,11 @@ class Ingest:
     # -- writing ----------------------------------------------------------------------------------
 
     @property
+    def is_bare(self) -> bool:
+        """Whether nothing is written down yet: a blob that comes whole at once is cheapest."""
+        return self._is_bare
+
+    @property
     def offset(self) -> int:
         """How many bytes from the start are there: where the next ``write`` goes."""
         return self._ranges.prefix
@@ -188,6 +183,12 @@ class Ingest:
         view = memoryview(data).cast("B")
         if offset + len(view) > self.size:
             raise SizeMismatchError(str(self.digest), self.size, offset + len(view))
+        if self._is_bare and len(view) == self.size:
+            self._whole = memoryview(bytes(view))
+            self._ranges.reset(self.size)
+            self._hash.catch_up(self._whole, wait=True)
+            return
+        self._show()
         if offset >= self._reserved + CHECKPOINT_EVERY:
             # Others fill the disk as well: stop before it is full for everybody.
             self._reserved = offset
@@ -215,6 +216,7 @@ class Ingest:
 
     def read(self, start: int, length: int) -> bytes:
         """Return bytes that have been written in this generation."""
+        self._show()
         with translated(self._data_path, "read a blob that is being written"):
             return os.pread(self._data, length, start)
 
@@ -223,6 +225,7 @@ class Ingest:
 
         Whoever writes a stripe advances it there when the bytes are written.
         """
+        self._show()
         if self._stripes is not None:
             self._stripes.close()
         with translated(self._directory, "tell how far the stripes are"):
@@ -239,6 +242,7 @@ class Ingest:
 
     def restart(self) -> None:
         """Give up the bytes so far, which proved wrong: a new generation begins at offset 0."""
+        self._show()
         if self._state is None:
             raise StorageError(str(self._directory), "this ingest is over: acquire it again")
         if self._ranges.is_empty:
@@ -247,7 +251,7 @@ class Ingest:
             if self._journal is not None:
                 self.condemned = self.checkpoints()
             self.drop_wrong()
-            if self.keeps_wrong and self._has_room(self.size):
+            if self.keeps_wrong and has_room(self._home, self._directory, self.size):
                 self.wrong_data = os.dup(self._data)
             self._state.condemn(self.generation)
             self._begin(self._state, self.generation + 1)
@@ -260,6 +264,7 @@ class Ingest:
 
     def give_up(self) -> None:
         """Tell followers that the bytes prove wrong wherever they come from: none will come."""
+        self._show()
         if self._state is not None and not self._finished:
             with translated(self._directory, "give an ingest up"):
                 self._state.set_status(GIVEN_UP, self._boot)
@@ -280,6 +285,8 @@ class Ingest:
         if actual != self.digest:
             self.restart()
             raise DigestMismatchError(str(self.digest), str(self.digest), actual)
+        if self._is_bare:
+            self._put_whole()
         failpoint("ingest-proven")
         target = self._home.blob_path(self.digest)
         self._home.void_proof(self.digest)
@@ -301,23 +308,30 @@ class Ingest:
 
     # -- internals --------------------------------------------------------------------------------
 
+    def _show(self) -> None:
+        """Make a bare ingest one that is seen and resumed; what it has is written down."""
+        if not self._is_bare:
+            return
+        whole, self._whole = self._whole, memoryview(b"")
+        self._is_bare = False
+        self._ranges.reset(0)
+        if not self._begin_files():
+            raise StorageError(str(self._directory), "is held by another program")
+        if whole:
+            self.write_at(0, whole)
+
+    def _put(self, view: memoryview, offset: int) -> None:
+        put_at(self._data, self._data_path, view, offset, self.digest, self.size)
+
+    def _put_whole(self) -> None:
+        """Write all of a blob that came at once; nobody but us knows of the file."""
+        with translated(self._directory, "write a blob"):
+            self._data = create_data(self._data_path)
+        self._put(self._whole, 0)
+
     @property
     def _data_path(self) -> Path:
         return self._directory / f"data.{self.generation}"
-
-    def _put(self, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                written = os.pwrite(self._data, view, offset)
-            except OSError as error:
-                missing = self.size - offset
-                raise storage_error(
-                    error,
-                    self._data_path,
-                    f"write the {missing} bytes that {self.digest} ({self.size} bytes) still needs",
-                ) from error
-            view = view[written:]
-            offset += written
 
     def _expose(self, prefix: int) -> None:
         if self._state is not None:
@@ -351,26 +365,20 @@ class Ingest:
             self._begin(state, generation + 1)
             return
         exposed = state.prefix
-        # On the same boot the page cache has what was written; else only checkpoints are proof.
-        same_boot = history.boot == (self._home.boot.boot_id, self._home.boot.host)
-        kept, hasher = prove_prefix(
-            self._data, self.digest, history.checkpoints, exposed, tail=same_boot
-        )
-        # Islands may lack from the disk after a crash, and bytes that are wrong make doubtful
-        # whatever the same hand wrote.
-        islands: list[tuple[int, int]] = []
-        if same_boot and kept == exposed:
-            islands = history.beyond(kept, min(self.size, os.fstat(self._data).st_size))
         shown = end_showing(self._directory, generation, self.size)
-        if kept < exposed or not are_within(shown, [(0, kept), *islands]):
+        rest = find_rest(
+            self._data, self.digest, self.size, exposed, shown, history, self._home.boot
+        )
+        if rest.lacks_shown:
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
             state.begin(generation + 1, self.size, self._boot)
             self.generation = generation + 1
             old.rename(self._data_path)
+        kept, islands = rest.kept, rest.islands
         os.ftruncate(self._data, islands[-1][1] if islands else kept)
         journal.rewrite(self.generation, self._home.boot, history.until(kept), islands)
-        self._hash.reset(hasher, kept, history.last(kept))
+        self._hash.reset(rest.hasher, kept, history.last(kept))
         self._ranges.reset(kept, islands)
         self.is_resumed = bool(kept or islands)
         self._hash.catch_up(wait=True)
@@ -386,17 +394,8 @@ class Ingest:
         state.begin(generation, self.size, self._boot)
         if self._stripes is not None:
             self._stripes.begin(generation)
-        old = [entry for entry in self._directory.iterdir() if entry.name.startswith("data.")]
         self.generation = generation
-        self._data = os.open(
-            self._data_path,
-            os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o600,
-        )
-        for entry in old:
-            if entry != self._data_path:
-                with suppress(FileNotFoundError):
-                    entry.unlink()
+        self._data = create_data(self._data_path)
         self._ranges.reset(0)
         self._hash.reset(self.digest.hasher())
         if self._journal is not None:
@@ -404,19 +403,7 @@ class Ingest:
 
     def _reserve(self) -> None:
         """Refuse before the first byte what the disk has no room for; nothing is allocated."""
-        needed, reserve = self.size - self.offset, self._home.reserve_bytes
-        free = free_bytes(self._directory)
-        if needed and free is not None and free < needed + reserve:
-            raise StorageError(
-                str(self._directory.parent.parent),
-                f"{self.digest} needs {needed} more bytes, {free} are free and {reserve} stay in "
-                "reserve: free space (`stowray gc`) or choose another --store",
-            )
-
-    def _has_room(self, size: int) -> bool:
-        free = free_bytes(self._directory)
-        return free is None or free >= size + self._home.reserve_bytes
+        require_room(self._home, self._directory, self.digest, self.size - self.offset)
 
     def _remove(self) -> None:
-        with translated(self._directory, "remove an ingest"):
-            discard_ingest(self._directory)
+        discard_ingest(self._directory)

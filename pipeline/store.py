@@ -179,15 +179,16 @@ class Store(BlobStore):
 
     # -- arriving ----------------------------------------------------------------------------------
 
-    def acquire(self, digest: Digest, size: int) -> Ingest | None:
+    def acquire(self, digest: Digest, size: int, *, bare: bool = False) -> Ingest | None:
         """Become the blob's writer without waiting; None when another live writer is at it.
 
         The blob may have been committed meanwhile: then ``offset`` is the size and ``commit`` has
-        nothing left to do.
+        nothing left to do. With ``bare`` nobody sees its bytes before it is whole, if it comes at
+        once.
         """
-        from stowray.pipeline.ingest import acquire
+        from stowray.pipeline.acquire import acquire
 
-        return acquire(self, Digest(digest), size)
+        return acquire(self, Digest(digest), size, bare=bare)
 
     def follow(
         self,

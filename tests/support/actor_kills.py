@@ -47,6 +47,7 @@ POINTS = (
     "index-derived",
 )
 ACTORS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
+WRITERS = ACTORS[:4]
 QUIET_SECONDS = 60.0
 # The pull was done after all, or a node could not do it.
 ENDS = (0, 6)
@@ -184,12 +185,14 @@ def _layers() -> list[bytes]:
         directory("gone"),
     ]
     # Depends on what is below: through a link, a link to a lower file, implied parents.
-    settled = [
+    above = [
         file("lib/new", b"through a lower link"),
         hardlink("usr/lib/again", "usr/lib/data"),
         whiteout("gone"),
         opaque("old"),
         file("old/new", b"2"),
     ]
+    # Fits once the directories that it only implies are those below.
+    implied = [file("usr/lib/more/page", b"3"), file("usr/lib/other", b"4")]
     alone = [directory("srv"), file("srv/page", incompressible(300_000, 2))]
-    return [tar_bytes(entries) for entries in (base, settled, alone)]
+    return [tar_bytes(entries) for entries in (base, above, implied, alone)]
