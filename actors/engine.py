@@ -175,7 +175,8 @@ class RayEngine(LocalEngine):
             "image": image.to_dict(),
             "documents": documents,
             "options": options_to_dict(options),
-            "settings": settings_to_dict(self.settings),
+            # Not all of it is known there: a session was perhaps started under another name.
+            "settings": settings_to_dict(self.settings) | {"node": self.settings.node_name},
             "environment": origin_environment(os.environ),
             "nodes": 1,
             # Only a session's actors outlive a driver, and they live on the driver's host.

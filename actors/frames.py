@@ -26,7 +26,7 @@ SECONDS_PER_NODE = 0.001
 
 def pack(events: Sequence[Event]) -> bytes:
     """Return ``events`` as one frame."""
-    packed: bytes = msgpack.packb([event.to_dict() for event in events])
+    packed: bytes = msgpack.packb([event.to_wire() for event in events])
     return packed
 
 

@@ -117,7 +117,7 @@ class NodeActor:
         With ``spread``, as a part of the pre-warm run that was begun, also what each blob's way
         was, and whether all of it is on disk now.
         """
-        progress = Progress(node=self._node)
+        progress = Progress(node=request["settings"]["node"] or self._node)
         run = request["run"]
         self._runs[run] = progress
         forwarder = self._forwarder(request)
@@ -143,7 +143,7 @@ class NodeActor:
             progress.close()
             if forwarder is not None:
                 forwarder.close()
-        events = [event.to_dict() for event in progress.events()]
+        events = [event.to_wire() for event in progress.events()]
         return {**reply, "events": events, "ways": ways.all(), "warnings": warnings}
 
     @ray.method(concurrency_group="control")

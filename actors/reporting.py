@@ -31,7 +31,7 @@ class TaskReport:
 
     def final_events(self) -> list[dict[str, Any]]:
         """Return the last state of everything reported, as plain data."""
-        return [event.to_dict() for event in self._progress.events()]
+        return [event.to_wire() for event in self._progress.events()]
 
 
 class FirstByte:

@@ -56,7 +56,7 @@ class ResolverActor:
         except StowrayError as error:
             progress.fail_open(source.canonical, str(error))
             reply = {"error": to_wire(error)}
-        reply["events"] = [event.to_dict() for event in progress.events()]
+        reply["events"] = [event.to_wire() for event in progress.events()]
         reply["warnings"] = engine.warnings_since(begun)
         return reply
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.settings import Settings
 
 # Raised whenever what travels between a program and a session's actors changes its meaning.
-PROTOCOL = 2
+PROTOCOL = 3
 FORMAT = 1
 STATE_LIMIT = 1 << 20
 START_SECONDS = 60.0

@@ -2,15 +2,17 @@
 
 Each round starts some processes of the command on one store, on same and overlapping references,
 with removals and collections among them, and kills one or more at random moments. When all have
-ended the store is judged from outside; whoever was not killed must have succeeded. Every twentieth
-round all images are pulled, old leftovers collected and trees compared with those of a store that
-nothing was killed in. One process lives through it all; its descriptors, threads and memory are
-told, as are those of a warm session when `--ray` is given. Ends with one JSON line.
+ended the store is judged from outside; whoever was not killed must have succeeded. With `--ray` a
+fifth of the pulls go through a warm session, of which every tenth round kills an actor. Every
+twentieth round all images are pulled, old leftovers collected and trees compared with those of a
+store that nothing was killed in. One process lives through it all; its descriptors, threads and
+memory are told, as are those of the actors, of each kind the most. Ends with one JSON line.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import random
@@ -21,11 +23,16 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from tests.support.actor_kills import actors_of
 from tests.support.command import Stowray
 from tests.support.invariants import age, check_store, trees_of
 from tests.support.registry import FakeRegistry, incompressible
 from tests.support.small import small_tar
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 WAIT_SECONDS = 300
 EVERY = 20
@@ -105,6 +112,7 @@ class Soak:
                 arguments = ["--max-size", "5M"]
             running.append((name, self.start(name, *arguments, engine=engine)))
             self.counts[f"{name} {engine}" if name == "pull" else name] += 1
+        lost = self.ray and self.choice.random() < 0.1 and self._kill_an_actor()
         victims = self.choice.sample(running, self.choice.randint(1, min(2, len(running))))
         for _, process in victims:
             time.sleep(self.choice.uniform(0, 0.35))
@@ -120,9 +128,28 @@ class Soak:
                 process.communicate()
                 self.wrong.append(f"{name} hangs")
                 continue
-            if process.pid not in killed and process.returncode not in FINE[name]:
+            fine = FINE[name] | ({6} if lost and name == "pull" else set())
+            if process.pid not in killed and process.returncode not in fine:
                 text = errors.decode(errors="replace")[-600:]
                 self.wrong.append(f"{name} ended with {process.returncode}: {text}")
+
+    def _kill_an_actor(self) -> bool:
+        time.sleep(self.choice.uniform(0, 0.3))
+        actors = actors_of(str(self.home))
+        if not actors:
+            return False
+        victim = self.choice.choice(sorted(actors))
+        self.counts[f"killed {actors[victim]}"] += 1
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victim, signal.SIGKILL)
+        return True
+
+    def sample(self, dweller: int) -> dict[str, dict[str, int]]:
+        """Return what the dweller and the session's actors take."""
+        kinds: dict[str, list[int]] = {"dweller": [dweller]}
+        for pid, name in actors_of(str(self.home)).items():
+            kinds.setdefault(name, []).append(pid)
+        return {name: usage_of_all(pids) for name, pids in sorted(kinds.items())}
 
     def judge(self, trees: dict[str, str]) -> None:
         try:
@@ -153,6 +180,15 @@ def usage(pid: int) -> dict[str, int]:
         "threads": int(fields["Threads"]),
         "kib": int(fields["VmRSS"].split()[0]),
     }
+
+
+def usage_of_all(pids: Iterable[int]) -> dict[str, int]:
+    """Return of each of these figures the most, and how many processes there are."""
+    found: list[dict[str, int]] = []
+    for pid in pids:
+        with contextlib.suppress(OSError, KeyError):
+            found.append(usage(pid))
+    return {name: max(each[name] for each in found) for name in found[0]} if found else {}
 
 
 def main() -> int:
@@ -202,7 +238,7 @@ def main() -> int:
             soak.judge(trees)
             if rounds % EVERY == 0:
                 soak.settle(references, trees)
-                samples.append(usage(dweller.pid))
+                samples.append(soak.sample(dweller.pid))
                 print(
                     json.dumps({"rounds": rounds, "wrong": len(soak.wrong), **samples[-1]}),
                     flush=True,
@@ -211,7 +247,7 @@ def main() -> int:
                 print(f"  WRONG in round {rounds}: {text}", flush=True)
                 soak.counts["told"] += 1
         soak.settle(references, trees)
-        samples.append(usage(dweller.pid))
+        samples.append(soak.sample(dweller.pid))
         dweller.stdin.close()
         dweller.wait(timeout=60)
         if options.ray:

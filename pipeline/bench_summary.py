@@ -159,7 +159,7 @@ def _summary(reference: str, mode: str, runs: Sequence[Run]) -> Summary:
     errors = [run.error for run in runs if run.result is None]
     seconds: dict[str, Spread] = {}
     for stage in STAGES:
-        values = [value for run in good if (value := _stage(run, stage)) is not None]
+        values = [value for run in good if (value := stage_of(run, stage)) is not None]
         if values:
             seconds[stage] = Spread.of(values)
     results = [run.result for run in good if run.result is not None]
@@ -185,7 +185,8 @@ def _spread_of(processes: Sequence[dict[str, float]], name: str) -> Spread | Non
     return Spread.of(values) if values else None
 
 
-def _stage(run: Run, stage: str) -> float | None:
+def stage_of(run: Run, stage: str) -> float | None:
+    """Return how long a stage of a run that succeeded took; None where it was not measured."""
     if stage == "process":
         return run.process.get("seconds") if run.process else None
     value: float | None = (run.result or {})["seconds"].get(stage)

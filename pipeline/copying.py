@@ -158,6 +158,7 @@ class Copier:
             if not lanes.is_proven:
                 raise
             work.retries.count += 1
+            work.tell("retrying", copying.ingest.offset)
         if lanes.is_proven and copying.ingest.offset < work.descriptor.size:
             # It would go on with what the others fetch.
             copying.stream.close()
@@ -180,7 +181,8 @@ class Copier:
                 # An earlier answer left bytes further on: from behind them with another request.
                 return
             most = BUFFER_SIZE if lanes is None else lanes.piece_size
-            count = read_into(buffer[: min(most, copying.end - copying.position)])
+            piece = buffer[: min(most, copying.end - copying.position)]
+            count, broken = _fill(read_into, piece) if ingest.is_bare else (read_into(piece), None)
             if count == 0:
                 return
             work.received += count
@@ -192,6 +194,8 @@ class Copier:
             copying.position += count
             if not ahead > 0:
                 self._tell_progress(work, ingest.offset)
+            if broken is not None:
+                raise broken
             if lanes is not None:
                 lanes.advance(count, copying.position)
         if copying.position == size:
@@ -219,6 +223,19 @@ class Copier:
             work.reported = offset
             work.reported_at = now
             work.tell("downloading", offset)
+
+
+def _fill(
+    read_into: Callable[[memoryview], int], piece: memoryview
+) -> tuple[int, UnavailableError | None]:
+    """Read until ``piece`` is full; return how much came, and what the body broke off with."""
+    count = read_into(piece)
+    try:
+        while 0 < count < len(piece) and (more := read_into(piece[count:])):
+            count += more
+    except UnavailableError as error:
+        return count, error
+    return count, None
 
 
 def reader(stream: BlobStream) -> Callable[[memoryview], int]:

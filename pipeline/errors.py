@@ -268,6 +268,8 @@ def escape(text: str | bytes) -> str:
     """Return ``text`` with control characters and undecodable bytes escaped for display."""
     if isinstance(text, bytes):
         text = text.decode("utf-8", "backslashreplace")
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
         for character in text

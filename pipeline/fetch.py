@@ -26,7 +26,6 @@ from stowray.pipeline.errors import (
     UnavailableError,
 )
 from stowray.pipeline.host_records import HostRecords
-from stowray.pipeline.origin import Divisible
 from stowray.pipeline.registry import never, policy, weight
 from stowray.pipeline.retry import Retries, uniform, wait
 from stowray.pipeline.settings import RegistrySettings
@@ -46,6 +45,9 @@ if TYPE_CHECKING:
 
     Download = Callable[[Work, Ingest], None]
 
+# Blobs up to this size are written down when they are whole: what shows a blob while it grows, and
+# lets it be resumed, takes longer than the few of them do.
+BARE_SIZE = 64 << 10
 FIRST_LOOK_SECONDS = 0.005
 TAKE_OVER_SECONDS = 0.1
 WRONG_LIMIT = 2
@@ -161,7 +163,9 @@ class Fetcher:
             self._store.confirm(descriptor.digest, work.reference.name)
             work.tell("done", descriptor.size)
             return "store"
-        ingest = self._acquire(work)
+        # In a run others want to see a small blob grow as well.
+        bare = download == self._download and descriptor.size <= BARE_SIZE
+        ingest = self._acquire(work, bare)
         ingest.repository = work.reference.name
         with ingest:
             if ingest.offset == descriptor.size and self._is_proven(ingest):
@@ -177,11 +181,13 @@ class Fetcher:
                     raise
                 self._failures.pop(descriptor.digest, None)
                 status = "done"
-        self._store.confirm(descriptor.digest, work.reference.name)
+        if status == "exists":
+            # Else that is on record since the commit.
+            self._store.confirm(descriptor.digest, work.reference.name)
         work.tell(status, descriptor.size)
         return work.source or "store"
 
-    def _acquire(self, work: Work) -> Ingest:
+    def _acquire(self, work: Work, bare: bool) -> Ingest:
         """Become the blob's writer; while another one is at it, tell how far that one is."""
         descriptor = work.descriptor
         shown = -1
@@ -191,7 +197,7 @@ class Fetcher:
                 raise CancelledError(str(descriptor.digest))
             # With a writer that died the lock is free at once; with one that committed the
             # ingest comes back complete.
-            ingest = self._store.acquire(descriptor.digest, descriptor.size)
+            ingest = self._store.acquire(descriptor.digest, descriptor.size, bare=bare)
             if ingest is not None:
                 failed = self._failures.get(descriptor.digest)
                 if failed is not None and failed is not work.failure and _concerns(work, *failed):
@@ -264,6 +270,7 @@ class Fetcher:
                     work.origins.append(work.origins.pop(0))
                     if gained >= work.retries.policy.least_progress:
                         work.retries.count += 1
+                        work.tell("retrying", ingest.offset)
                     else:
                         tired += 1
                     if tired >= len(work.origins):
@@ -335,7 +342,9 @@ def places_of(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Pl
     """Return all that can be asked for blobs of ``reference``: mirrors each by itself."""
     found: list[Origin | Place] = []
     for origin in origins:
-        found += origin.places(reference) if isinstance(origin, Divisible) else [origin]
+        # By its method: isinstance() of a protocol costs as much as a small blob's system calls.
+        places: Callable[[Source], Sequence[Place]] | None = getattr(origin, "places", None)
+        found += [origin] if places is None else places(reference)
     return tuple(found)
 
 

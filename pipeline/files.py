@@ -13,7 +13,7 @@ import stat
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.errors import StorageError
+from stowray.pipeline.errors import StorageError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -97,6 +97,18 @@ def read_regular(path: Path, limit: int) -> bytes:
         return b"".join(parts)
     finally:
         os.close(descriptor)
+
+
+def read_given(path: Path, limit: int) -> bytes:
+    """Return the bytes of a file that a user named: a link or a pipe will do.
+
+    Raises OSError, and UsageError for more than ``limit`` bytes.
+    """
+    with open(path, "rb") as file:
+        data = file.read(limit + 1)
+    if len(data) > limit:
+        raise UsageError(str(path), f"larger than {limit} bytes")
+    return data
 
 
 def write_all(descriptor: int, data: bytes | memoryview) -> None:

@@ -74,6 +74,33 @@ def open_root(path: Path, *, create: bool) -> int:
             return os.open(path, flags)
 
 
+def require_owner(path: Path, descriptor: int) -> None:
+    """Refuse root a store of somebody else, before anything is written to it.
+
+    What root left there the owner could neither read nor remove, and whoever owns a directory can
+    lead by a link whoever writes below it. ``StorageError`` says whom to run as.
+    """
+    owner = os.fstat(descriptor).st_uid
+    if os.geteuid() != 0 or owner == 0 or not os.access(path, os.W_OK | os.X_OK):
+        return
+    # Some file systems give every file one owner, whoever makes it (CIFS, 9p, FUSE, NFS that
+    # squashes root): only what is made there shows it.
+    name = f"{PROBE}{os.urandom(8).hex()}"
+    with translated(path, "look whose the files in the store are"):
+        # Not closed to the owner, who may have to remove it.
+        os.mkdir(name, 0o755, dir_fd=descriptor)
+        try:
+            made = os.stat(name, dir_fd=descriptor, follow_symlinks=False).st_uid
+        finally:
+            os.rmdir(name, dir_fd=descriptor)
+    if made != owner:
+        raise StorageError(
+            str(path),
+            f"belongs to user {owner}, who could not read what root leaves in it: run as that user "
+            f"(`sudo -u '#{owner}' stowray`) or choose another --store",
+        )
+
+
 def read_version(path: Path) -> int | None:
     """Return the store's format, or None when the directory is no (finished) store.
 

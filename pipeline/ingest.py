@@ -7,6 +7,9 @@ visible under ``blobs/`` before its size and digest are proven, and a resumed pr
 from the disk and compared with the journal before a byte is added to it. What was written beyond
 the prefix is kept for the next writer of the same boot, and proven with the whole; followers see it
 only where a blob comes in stripes (``stripe_state``).
+
+A blob that comes whole at once needs none of that: an ingest that is opened *bare* has its lock
+alone until something must be kept or shown.
 """
 
 from __future__ import annotations
@@ -18,11 +21,11 @@ from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
-from stowray.pipeline.files import make_directory, storage_error, translated
+from stowray.pipeline.files import storage_error, translated
 from stowray.pipeline.ingest_home import discard_ingest, free_bytes
 from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, GROWING, IngestState, boot_key
 from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
-from stowray.pipeline.locks import is_current, open_lock, try_lock, unlock
+from stowray.pipeline.locks import try_lock, unlock
 from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY, PrefixDigest
 from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
 from stowray.pipeline.written_ranges import WrittenRanges
@@ -37,35 +40,7 @@ if TYPE_CHECKING:
 
 SMALLEST_ISLAND = 4 << 10
 _LIFE_SIGN_ATTEMPTS = 1000
-
-
-def acquire(home: IngestHome, digest: Digest, size: int) -> Ingest | None:
-    """Become the writer of ``digest`` without waiting; None when another live writer is."""
-    directory = home.ingest_path(digest)
-    with translated(directory, "begin an ingest"):
-        while True:
-            try:
-                make_directory(directory)
-                lock = open_lock(directory / "lock")
-            except FileNotFoundError:
-                continue  # another writer has just committed and removed the directory
-            if not try_lock(lock):
-                os.close(lock)
-                return None
-            if is_current(lock, directory / "lock"):
-                break
-            os.close(lock)
-        try:
-            ingest = Ingest(home, digest, size, directory, lock)
-        except BaseException:
-            os.close(lock)
-            raise
-    try:
-        alive = ingest.open()
-    except BaseException:
-        ingest.close()
-        raise
-    return ingest if alive else None
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Ingest:
@@ -74,7 +49,7 @@ class Ingest:
     def __init__(
         self, home: IngestHome, digest: Digest, size: int, directory: Path, lock: int
     ) -> None:
-        """Take over the held ``lock``; use ``acquire``."""
+        """Take over the held ``lock``; use :func:`stowray.pipeline.acquire.acquire`."""
         self.digest = digest
         self.repository = ""  # on whose behalf it is fetched, for the blob's record
         self.size = size
@@ -99,17 +74,30 @@ class Ingest:
         )
         self._finished = False
         self._is_given_up = False
+        self._is_bare = False  # nothing is on disk but the lock
+        self._whole = memoryview(b"")  # all of a blob that came at once, while it is bare
 
     # -- life -------------------------------------------------------------------------------------
 
-    def open(self) -> bool:
-        """Find the resume point; False when a follower's test never let the sign of life go."""
+    def open(self, *, bare: bool = False) -> bool:
+        """Find the resume point; False when a follower's test never let the sign of life go.
+
+        With ``bare``, and nothing of an earlier writer, no file is made before one is needed.
+        """
         if self._home.has(self.digest, self.size):
             # Committed between the caller's look and our lock: nothing to write.
             self._finished = True
             self._ranges.reset(self.size)
             self._remove()
             return True
+        if bare and not os.path.lexists(self._directory / "state"):
+            self._is_bare = True
+            self.generation = 1
+            self._reserve()
+            return True
+        return self._begin_files()
+
+    def _begin_files(self) -> bool:
         with translated(self._directory, "open an ingest"):
             state = self._state = IngestState.create(self._directory / "state")
             for _ in range(_LIFE_SIGN_ATTEMPTS):
@@ -139,7 +127,9 @@ class Ingest:
         if self._lock < 0:
             return
         try:
-            if not self._finished and self._journal is not None and self._data >= 0:
+            if self._is_bare and not self._finished:
+                self._remove()
+            elif not self._finished and self._journal is not None and self._data >= 0:
                 # The exact end, so that a later resume has proof up to here. On a full disk there
                 # is none, and the resume goes back to the last checkpoint.
                 with suppress(StorageError):
@@ -171,6 +161,11 @@ class Ingest:
     # -- writing ----------------------------------------------------------------------------------
 
     @property
+    def is_bare(self) -> bool:
+        """Whether nothing is written down yet: a blob that comes whole at once is cheapest."""
+        return self._is_bare
+
+    @property
     def offset(self) -> int:
         """How many bytes from the start are there: where the next ``write`` goes."""
         return self._ranges.prefix
@@ -188,6 +183,12 @@ class Ingest:
         view = memoryview(data).cast("B")
         if offset + len(view) > self.size:
             raise SizeMismatchError(str(self.digest), self.size, offset + len(view))
+        if self._is_bare and len(view) == self.size:
+            self._whole = memoryview(bytes(view))
+            self._ranges.reset(self.size)
+            self._hash.catch_up(self._whole, wait=True)
+            return
+        self._show()
         if offset >= self._reserved + CHECKPOINT_EVERY:
             # Others fill the disk as well: stop before it is full for everybody.
             self._reserved = offset
@@ -215,6 +216,7 @@ class Ingest:
 
     def read(self, start: int, length: int) -> bytes:
         """Return bytes that have been written in this generation."""
+        self._show()
         with translated(self._data_path, "read a blob that is being written"):
             return os.pread(self._data, length, start)
 
@@ -223,6 +225,7 @@ class Ingest:
 
         Whoever writes a stripe advances it there when the bytes are written.
         """
+        self._show()
         if self._stripes is not None:
             self._stripes.close()
         with translated(self._directory, "tell how far the stripes are"):
@@ -239,6 +242,7 @@ class Ingest:
 
     def restart(self) -> None:
         """Give up the bytes so far, which proved wrong: a new generation begins at offset 0."""
+        self._show()
         if self._state is None:
             raise StorageError(str(self._directory), "this ingest is over: acquire it again")
         if self._ranges.is_empty:
@@ -260,6 +264,7 @@ class Ingest:
 
     def give_up(self) -> None:
         """Tell followers that the bytes prove wrong wherever they come from: none will come."""
+        self._show()
         if self._state is not None and not self._finished:
             with translated(self._directory, "give an ingest up"):
                 self._state.set_status(GIVEN_UP, self._boot)
@@ -280,6 +285,8 @@ class Ingest:
         if actual != self.digest:
             self.restart()
             raise DigestMismatchError(str(self.digest), str(self.digest), actual)
+        if self._is_bare:
+            self._put_whole()
         failpoint("ingest-proven")
         target = self._home.blob_path(self.digest)
         self._home.void_proof(self.digest)
@@ -300,6 +307,25 @@ class Ingest:
         self._remove()
 
     # -- internals --------------------------------------------------------------------------------
+
+    def _show(self) -> None:
+        """Make a bare ingest one that is seen and resumed; what it has is written down."""
+        if not self._is_bare:
+            return
+        whole, self._whole = self._whole, memoryview(b"")
+        self._is_bare = False
+        self._ranges.reset(0)
+        if not self._begin_files():
+            raise StorageError(str(self._directory), "is held by another program")
+        if whole:
+            self.write_at(0, whole)
+
+    def _put_whole(self) -> None:
+        """Write all of a blob that came at once; nobody but us knows of the file."""
+        with translated(self._directory, "write a blob"):
+            self._data = os.open(self._data_path, _CREATE, 0o600)
+        self._put(self._whole, 0)
+        self._whole = memoryview(b"")
 
     @property
     def _data_path(self) -> Path:
@@ -388,11 +414,7 @@ class Ingest:
             self._stripes.begin(generation)
         old = [entry for entry in self._directory.iterdir() if entry.name.startswith("data.")]
         self.generation = generation
-        self._data = os.open(
-            self._data_path,
-            os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC,
-            0o600,
-        )
+        self._data = os.open(self._data_path, _CREATE, 0o600)
         for entry in old:
             if entry != self._data_path:
                 with suppress(FileNotFoundError):

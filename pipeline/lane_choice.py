@@ -59,7 +59,7 @@ def open_first_part(
 
     Else None: one stream of all that is left.
     """
-    if not isinstance(place, Ranged):
+    if ingest.is_bare or not isinstance(place, Ranged):
         return None
     known = records.find(place.host)
     if known is not None and known.serves_no_parts:
@@ -105,7 +105,7 @@ def open_lanes(
     """
     from stowray.pipeline.blob_stream import RegistryBlob
 
-    if not isinstance(place, Ranged) or not isinstance(stream, RegistryBlob):
+    if ingest.is_bare or not isinstance(stream, RegistryBlob) or not isinstance(place, Ranged):
         return None
     known = records.find(place.host)
     limit = settings.range_connections if _is_worth_lanes(ingest, settings, known) else 1

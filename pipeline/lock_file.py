@@ -154,10 +154,10 @@ def decode_lock(text: str, origin: str) -> LockFile:
 
 def read_lock(path: Path) -> LockFile | None:
     """Return the lock file at ``path``; None when there is none yet."""
-    from stowray.pipeline.files import read_regular
+    from stowray.pipeline.files import read_given
 
     try:
-        text = read_regular(path, _LIMIT).decode("utf-8")
+        text = read_given(path, _LIMIT).decode("utf-8")
     except FileNotFoundError:
         return None
     except OSError as error:
@@ -172,7 +172,8 @@ def write_lock(path: Path, content: LockFile) -> None:
     from stowray.pipeline.files import replace_file, translated
 
     with translated(path, "write the lock file"):
-        replace_file(path, encode_lock(content).encode("utf-8"), mode=0o644)
+        # A link stays one: the file may live in a repository.
+        replace_file(path.resolve(), encode_lock(content).encode("utf-8"), mode=0o644)
 
 
 def _image(entry: object, key: str, origin: str) -> LockedImage:

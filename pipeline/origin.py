@@ -6,7 +6,7 @@ proven by whoever takes them.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol, Self, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, Self
 
 from stowray.pipeline.values import dataclass
 
@@ -71,7 +71,6 @@ class Place(Protocol):
         """Take note that this host failed its reader, so that others are asked before it."""
 
 
-@runtime_checkable
 class Divisible(Protocol):
     """An origin that has several places for one reference."""
 

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Self
 from stowray.pipeline.entry_list import OWNER, Record, read_entry_list
 from stowray.pipeline.errors import StorageError, escape
 from stowray.pipeline.files import storage_error
+from stowray.pipeline.merged_directory import OPEN_DIRECTORY, MergedDirectory
 from stowray.pipeline.overlay_node import (
     HOST_LABELS,
     IMPLIED_ROOT,
@@ -35,23 +36,10 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
     from pathlib import Path
 
-OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+    from stowray.pipeline.merged_directory import Part
+
 _OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _DESCRIPTORS = 192
-
-
-class _Merged:
-    """A directory of the merged tree: the trees that take part in it, topmost first."""
-
-    __slots__ = ("parts", "path")
-
-    def __init__(self, path: bytes, parts: list[tuple[int, int]]) -> None:
-        self.path = path
-        self.parts = parts
-
-    def close(self) -> None:
-        for _, descriptor in self.parts:
-            os.close(descriptor)
 
 
 class ChainView:
@@ -64,9 +52,9 @@ class ChainView:
         self.lowers = tuple(lowers)
         self.privileged = privileged
         self._namespace = namespace(privileged)
-        self._cache: OrderedDict[bytes, _Merged] = OrderedDict()
+        self._cache: OrderedDict[bytes, MergedDirectory] = OrderedDict()
         self._open = 0
-        self._root: _Merged | None = None
+        self._root: MergedDirectory | None = None
         self._root_layer: int | None = None
         self._records: dict[int, dict[bytes, Record]] = {}
         self._links: dict[tuple[int, int], list[bytes]] | None = None
@@ -80,17 +68,17 @@ class ChainView:
     def close(self) -> None:
         """Close all descriptors; the view may be used again."""
         for merged in self._cache.values():
-            merged.close()
+            merged.drop()
         self._cache.clear()
         self._open = 0
         if self._root is not None:
-            self._root.close()
+            self._root.drop()
             self._root = None
 
     @property
     def effective_lowers(self) -> tuple[Path, ...]:
         """The trees that count: none below an opaque root, which a mount does not respect."""
-        return tuple(self.lowers[layer] for layer, _ in self._merged_root().parts)
+        return tuple(self.lowers[layer] for layer, _ in self._parts(self._merged_root()))
 
     @property
     def shows_root(self) -> bool:
@@ -180,19 +168,41 @@ class ChainView:
                     self._links.setdefault(other.inode, []).append(other.path)
         return self._links[node.inode]
 
-    def _merged_root(self) -> _Merged:
+    def _merged_root(self) -> MergedDirectory:
         if self._root is None:
-            root = _Merged(b"", [])
-            for layer in range(len(self.lowers)):
-                try:
-                    root.parts.append((layer, self._open_tree(layer)))
-                    if self._is_opaque(root.parts[-1][1]):
-                        break
-                except (OSError, StorageError):
-                    root.close()
-                    raise
-            self._root = root
+            self._root = MergedDirectory(b"", None)
         return self._root
+
+    def _parts(self, merged: MergedDirectory) -> Iterator[Part]:
+        """Yield the layer and the descriptor of each part; those further down are opened late."""
+        position = 0
+        while position < len(merged.parts) or self._grow(merged):
+            yield merged.parts[position]
+            position += 1
+
+    def _grow(self, merged: MergedDirectory) -> bool:
+        """Open the next part of a directory; False when there is none."""
+        if merged.is_complete:
+            return False
+        found = None
+        if not merged.parts or not self._ends_at(*merged.parts[-1]):
+            parent = merged.parent
+            found = self._next_tree(merged) if parent is None else merged.open_next(self._grow)
+        if found is None:
+            self._open -= merged.complete()
+            return False
+        merged.parts.append(found)
+        if merged.path:
+            self._open += 1
+        return True
+
+    def _next_tree(self, root: MergedDirectory) -> Part | None:
+        layer = root.position
+        if layer == len(self.lowers):
+            return None
+        descriptor = self._open_tree(layer)
+        root.position += 1
+        return layer, descriptor
 
     def _open_tree(self, layer: int) -> int:
         path = self.lowers[layer]
@@ -225,7 +235,7 @@ class ChainView:
                 return layer
         return -1
 
-    def _directory(self, path: bytes) -> _Merged | None:
+    def _directory(self, path: bytes) -> MergedDirectory | None:
         """Return the merged directory at ``path``, from the cache or its nearest cached parent."""
         if not path:
             return self._merged_root()
@@ -248,40 +258,23 @@ class ChainView:
             merged = child
         return merged
 
-    def _remember(self, merged: _Merged) -> None:
+    def _remember(self, merged: MergedDirectory) -> None:
         self._cache[merged.path] = merged
-        self._open += len(merged.parts)
         while self._open > _DESCRIPTORS and len(self._cache) > 1:
             _, old = self._cache.popitem(last=False)
-            self._open -= len(old.parts)
-            old.close()
+            self._open -= old.drop()
 
-    def _descend(self, merged: _Merged, name: bytes) -> _Merged | None:
-        path = merged.path + b"/" + name if merged.path else name
-        child = _Merged(path, [])
+    def _descend(self, merged: MergedDirectory, name: bytes) -> MergedDirectory | None:
+        child = MergedDirectory(merged.path + b"/" + name if merged.path else name, merged)
         try:
-            for position, (layer, directory) in enumerate(merged.parts):
-                try:
-                    descriptor = os.open(name, OPEN_DIRECTORY, dir_fd=directory)
-                except FileNotFoundError:
-                    continue
-                except OSError as error:
-                    if error.errno in {errno.ENOTDIR, errno.ELOOP}:
-                        break
-                    if error.errno == errno.ENAMETOOLONG:
-                        return None
-                    raise
-                child.parts.append((layer, descriptor))
-                if position + 1 < len(merged.parts) and self._is_opaque(descriptor):
-                    break
+            is_there = self._grow(child)
         except OSError:
-            child.close()
+            child.drop()
             raise
-        return child if child.parts else None
+        return child if is_there else None
 
-    @staticmethod
-    def _top(merged: _Merged, name: bytes) -> tuple[int, os.stat_result] | None:
-        for layer, directory in merged.parts:
+    def _top(self, merged: MergedDirectory, name: bytes) -> tuple[int, os.stat_result] | None:
+        for layer, directory in self._parts(merged):
             try:
                 status = os.stat(name, dir_fd=directory, follow_symlinks=False)
             except FileNotFoundError:
@@ -293,10 +286,10 @@ class ChainView:
             return None if is_whiteout(status) else (layer, status)
         return None
 
-    def _list(self, merged: _Merged) -> list[Node]:
+    def _list(self, merged: MergedDirectory) -> list[Node]:
         seen: set[str] = set()
         found: list[tuple[bytes, int, os.stat_result]] = []
-        for layer, directory in merged.parts:
+        for layer, directory in self._parts(merged):
             with os.scandir(directory) as entries:
                 for entry in entries:
                     if entry.name in seen:
@@ -349,7 +342,7 @@ class ChainView:
         parent, _, name = node.path.rpartition(b"/")
         merged = self._directory(parent)
         if merged is not None:
-            for layer, directory in merged.parts:
+            for layer, directory in self._parts(merged):
                 if layer == node.layer:
                     return directory, name
         raise StorageError(escape(node.path), "changed while it was read")
@@ -376,8 +369,9 @@ class ChainView:
                 attributes[raw] = os.getxattr(path, key, follow_symlinks=False)
         return attributes
 
-    def _is_opaque(self, descriptor: int) -> bool:
-        return self._attribute(descriptor, OPAQUE) == b"y"
+    def _ends_at(self, layer: int, descriptor: int) -> bool:
+        """Return whether nothing below this part shows."""
+        return layer + 1 == len(self.lowers) or self._attribute(descriptor, OPAQUE) == b"y"
 
     def _attribute(self, descriptor: int, name: str) -> bytes | None:
         try:

@@ -103,10 +103,10 @@ def parse_plan(document: Mapping[str, Any], origin: str) -> PrewarmPlan:
 def _read(path: Path) -> dict[str, Any]:
     import tomllib
 
-    from stowray.pipeline.files import read_regular
+    from stowray.pipeline.files import read_given
 
     try:
-        return tomllib.loads(read_regular(path, PLAN_LIMIT).decode("utf-8"))
+        return tomllib.loads(read_given(path, PLAN_LIMIT).decode("utf-8"))
     except OSError as error:
         raise UsageError(str(path), f"cannot read the plan: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

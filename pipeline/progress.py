@@ -36,7 +36,8 @@ class Report(Protocol):
 class Event:
     """The present state of one ID; times are wall-clock seconds, 0.0 while not reached.
 
-    ``begun`` is when it no longer waited its turn, for watchers in this process.
+    ``begun`` is when it no longer waited its turn and ``retries`` how often it was asked for again;
+    both are for reports and not part of an event line.
     """
 
     time: float
@@ -51,6 +52,7 @@ class Event:
     completed: float = 0.0
     error: str = ""
     begun: float = 0.0
+    retries: int = 0
 
     @property
     def key(self) -> Key:
@@ -78,9 +80,13 @@ class Event:
             "error": self.error or None,
         }
 
+    def to_wire(self) -> dict[str, str | int | float | None]:
+        """Return all of the event as plain data, for another process."""
+        return {**self.to_dict(), "begun": round(self.begun, 3) or None, "retries": self.retries}
+
     @classmethod
     def from_dict(cls, data: dict[str, str | int | float | None]) -> Event:
-        """Return the event that :meth:`to_dict` described."""
+        """Return the event that :meth:`to_wire` or :meth:`to_dict` described."""
         return cls(**{name: value for name, value in data.items() if value is not None})  # type: ignore[arg-type]
 
 
@@ -157,6 +163,9 @@ class Progress:
                 completed=now if final else 0.0,
                 error=error,
                 begun=known.begun or (0.0 if status == "waiting" else now),
+                # One that is given up while it waits for its turn is not asked for again.
+                retries=known.retries
+                + (known.status == "retrying" and status not in ("retrying", "failed")),
             )
             self._events[key] = event
             self._changed[key] = None
@@ -176,6 +185,8 @@ class Progress:
                     event,
                     current=max(event.current, known.current),
                     total=max(event.total, known.total),
+                    begun=event.begun or known.begun,
+                    retries=max(event.retries, known.retries),
                 )
             self._events[key] = event
             self._changed[key] = None

@@ -51,6 +51,7 @@ class Span:
     completed: float | None
     error: str = ""
     samples: tuple[Sample, ...] = ()
+    retries: int = 0
 
     @property
     def active(self) -> float:
@@ -181,6 +182,7 @@ class Recorder:
                 completed=self._since(event.completed) if event.completed else None,
                 error=event.error,
                 samples=tuple(self._samples[key]),
+                retries=event.retries,
             )
             for key, event in self._last.items()
             if reference is None or event.reference == reference
@@ -266,6 +268,8 @@ def _span(entry: Any) -> Span:
         completed=None if values["completed"] is None else _number(values["completed"]),
         error=_text(values["error"]),
         samples=tuple(_samples(values["samples"])),
+        # Records of earlier versions do not count them.
+        retries=int(_number(values.get("retries", 0))),
     )
 
 

@@ -80,6 +80,8 @@ class Snapshots:
         self.directory = store.path / "snapshots"
         # Links that a commit of this object has seen; a chain ID names one content for ever.
         self._seen: dict[Digest, Snapshot] = {}
+        # The one committed last: chains are committed from the bottom up.
+        self._last: Digest | None = None
         self._places: dict[str, Path] = {}
 
     def stage(
@@ -168,7 +170,7 @@ class Snapshots:
             if present is not None:
                 self._seen[chain_id] = present
                 return present
-            if parent is not None:
+            if parent is not None and parent != self._last:
                 # It stands on a complete chain itself, or it could not have been committed.
                 self._seen[parent] = self.get(parent)
             source = LayerSource(open_read, limits, report, cancelled, interrupt, proven)
@@ -186,6 +188,7 @@ class Snapshots:
             )
             self._write(snapshot)
             self._seen[chain_id] = snapshot
+            self._last = chain_id
             return snapshot
 
     def has(self, chain_id: Digest) -> bool:

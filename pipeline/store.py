@@ -25,7 +25,7 @@ from stowray.pipeline.clock import Boot, boot_time_ns
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.files import read_regular, replace_file, translated
-from stowray.pipeline.foundation import FORMAT, create_store, open_root, read_version
+from stowray.pipeline.foundation import FORMAT, create_store, open_root, read_version, require_owner
 from stowray.pipeline.recordfile import encode_record, read_record_file
 from stowray.pipeline.trust import Trust
 
@@ -62,6 +62,7 @@ class Store(BlobStore):
         path = Path(os.path.abspath(path))
         descriptor = open_root(path, create=create)
         try:
+            require_owner(path, descriptor)
             version, found = read_version(path), None
             if version is None:
                 if not create:
@@ -178,15 +179,16 @@ class Store(BlobStore):
 
     # -- arriving ----------------------------------------------------------------------------------
 
-    def acquire(self, digest: Digest, size: int) -> Ingest | None:
+    def acquire(self, digest: Digest, size: int, *, bare: bool = False) -> Ingest | None:
         """Become the blob's writer without waiting; None when another live writer is at it.
 
         The blob may have been committed meanwhile: then ``offset`` is the size and ``commit`` has
-        nothing left to do.
+        nothing left to do. With ``bare`` nobody sees its bytes before it is whole, if it comes at
+        once.
         """
-        from stowray.pipeline.ingest import acquire
+        from stowray.pipeline.acquire import acquire
 
-        return acquire(self, Digest(digest), size)
+        return acquire(self, Digest(digest), size, bare=bare)
 
     def follow(
         self,

@@ -8,6 +8,7 @@ header says.
 from __future__ import annotations
 
 import re
+from zlib import adler32
 
 from stowray.pipeline.errors import LayerError
 
@@ -64,8 +65,10 @@ def checksum_fits(header: bytes) -> bool:
     """Tell whether the header's checksum is right, summed as unsigned or, as once, signed bytes."""
     field = header[CHECKSUM]
     stored = octal(field, "checksum")
+    # The low half of Adler-32 is 1 + the sum modulo 65521, which 512 ASCII bytes do not reach.
+    total = (adler32(header) & 0xFFFF) - 1 if header.isascii() else sum(header)
     # The field itself counts as eight spaces.
-    unsigned = sum(header) - sum(field) + 8 * 0x20
+    unsigned = total - sum(field) + 8 * 0x20
     if stored == unsigned:
         return True
     high = sum(1 for byte in header if byte & 0x80) - sum(1 for byte in field if byte & 0x80)

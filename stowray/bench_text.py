@@ -56,16 +56,19 @@ def comparison_text(comparison: Comparison) -> str:
     return "\n".join(lines)
 
 
-def _change_text(change: Change) -> str:
+def change_words(change: Change) -> str:
+    """Return by how much the second differs, and whether that may be chance."""
     ratio = change.ratio
     if ratio is None:
-        said = ""
-    elif not change.apart:
-        said = f"{ratio - 1:+.0%}  may be chance"
-    else:
-        said = f"{ratio - 1:+.0%}  {'slower' if ratio > 1 else 'faster'}"
+        return ""
+    if not change.apart:
+        return f"{ratio - 1:+.0%}  may be chance"
+    return f"{ratio - 1:+.0%}  {'slower' if ratio > 1 else 'faster'}"
+
+
+def _change_text(change: Change) -> str:
     first, second = seconds_text(change.first.median), seconds_text(change.second.median)
-    return f"  {change.stage:<10}{first:>10}{second:>10}   {said}".rstrip()
+    return f"  {change.stage:<10}{first:>10}{second:>10}   {change_words(change)}".rstrip()
 
 
 def machine_text(machine: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from stowray.pipeline.errors import StorageError, StowrayError, escape
-from stowray.pipeline.foundation import FORMAT, read_version
+from stowray.pipeline.foundation import FORMAT, open_root, read_version, require_owner
 from stowray.pipeline.probe import Capabilities, network_kind, probe
 from stowray.pipeline.removal import remove_tree
 from stowray.pipeline.unshare import run_unshared
@@ -141,15 +141,21 @@ def examine_store(store: Path) -> Iterator[Finding]:
 
 def _owner(store: Path) -> Finding | None:
     """Return what is to be said of a store that belongs to somebody else."""
-    if not (store / "version").is_file() or store.stat().st_uid == os.geteuid():
+    if not store.is_dir() or store.stat().st_uid == os.geteuid():
         return None
     owner = store.stat().st_uid
-    return Finding(
-        "store",
-        "warn",
-        f"{escape(str(store))} belongs to user {owner}, and this is user {os.geteuid()}",
-        f"run as user {owner}: what others leave in it, its owner may not be able to read",
-    )
+    advice = f"run as user {owner} (`sudo -u '#{owner}' stowray`), or give another --store"
+    descriptor = open_root(store, create=False)
+    try:
+        require_owner(store, descriptor)
+    except StowrayError as error:
+        return Finding("store", "problem", escape(str(error)), advice)
+    finally:
+        os.close(descriptor)
+    if not (store / "version").is_file():
+        return None
+    found = f"{escape(str(store))} belongs to user {owner}, and this is user {os.geteuid()}"
+    return Finding("store", "warn", found, advice)
 
 
 def existing(path: Path) -> Path:

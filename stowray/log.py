@@ -56,29 +56,36 @@ class LogLines:
 
     def __init__(self, log: Log) -> None:
         self._log = log
-        self._seen: dict[Key, str] = {}
+        self._seen: dict[Key, tuple[str, int]] = {}
 
     def __call__(self, events: Sequence[Event]) -> None:
         """Log each change of status."""
         for event in events:
-            if self._seen.get(event.key) == event.status:
-                continue
-            self._seen[event.key] = event.status
-            level = "debug" if event.status in _STARTS else "info"
-            if event.status in ("retrying", "failed"):
-                level = "warning"
-            seconds = round(event.completed - event.started, 3) if event.completed else None
-            self._log(
-                level,
-                f"{event.kind}.{event.status}",
-                f"{event.reference}: {event.kind} {event.status}",
-                reference=event.reference,
-                node=event.node or None,
-                id=event.id,
-                bytes=event.current or None,
-                seconds=seconds,
-                error=event.error or None,
-            )
+            status, retries = self._seen.get(event.key, ("", 0))
+            self._seen[event.key] = event.status, event.retries
+            if event.retries > retries and status != "retrying":
+                # Begun and over between two looks.
+                self._line(event, "retrying")
+            if event.status != status:
+                self._line(event, event.status)
+
+    def _line(self, event: Event, status: str) -> None:
+        level = "debug" if status in _STARTS else "info"
+        if status in ("retrying", "failed"):
+            level = "warning"
+        ended = event.completed and status == event.status
+        self._log(
+            level,
+            f"{event.kind}.{status}",
+            f"{event.reference}: {event.kind} {status}",
+            reference=event.reference,
+            node=event.node or None,
+            id=event.id,
+            bytes=event.current or None,
+            seconds=round(event.completed - event.started, 3) if ended else None,
+            retries=event.retries or None,
+            error=event.error or None,
+        )
 
 
 def _now() -> str:

@@ -55,6 +55,8 @@ _FAMILIES = {
     "stowray_prewarm_bytes_total": _Family("counter", "Bytes that came to nodes, by source."),
     "stowray_prewarm_blob_seconds": _Family("summary", "How long blobs took on nodes, by stage."),
     "stowray_prewarm_remarks_total": _Family("counter", "Remarks of nodes on sources, by kind."),
+    "stowray_bench_pulls_total": _Family("counter", "Pulls measured, by registry and mode."),
+    "stowray_bench_duration_seconds": _Family("summary", "How long stages of measured pulls took."),
     "stowray_doctor_findings": _Family("gauge", "Findings of the last look, by state."),
     "stowray_served_requests_total": _Family("counter", "Requests answered, by method and code."),
     "stowray_served_bytes_total": _Family("counter", "Bytes of bodies of complete answers."),
@@ -72,7 +74,7 @@ class Metrics:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._values: dict[tuple[str, Labels], float] = {}
-        self._retrying: set[Key] = set()
+        self._retries: dict[Key, int] = {}
         self.set("stowray_build_info", 1, version=__version__)
 
     def add(self, name: str, value: float, **labels: str) -> None:
@@ -89,11 +91,10 @@ class Metrics:
     def watch(self, events: Sequence[Event]) -> None:
         """Count the retries that progress events tell of."""
         for event in events:
-            if event.status != "retrying":
-                self._retrying.discard(event.key)
-            elif event.key not in self._retrying:
-                self._retrying.add(event.key)
-                self.add("stowray_retries_total", 1)
+            counted = self._retries.get(event.key, 0)
+            if event.retries > counted:
+                self._retries[event.key] = event.retries
+                self.add("stowray_retries_total", event.retries - counted)
 
     def pulled(self, result: dict[str, Any]) -> None:
         """Count a result line."""

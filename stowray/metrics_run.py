@@ -1,4 +1,4 @@
-"""What a pre-warm run and a look of ``doctor`` add to the figures.
+"""What a pre-warm run, a benchmark and a look of ``doctor`` add to the figures.
 
 Invariant: nodes are counted by state and never named; other nodes as sources are one label.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
+from stowray.pipeline.bench_summary import STAGES, stage_of
 from stowray.pipeline.prewarm_rows import CELL_STATUSES, NODE_STATES, origin_and_peer_bytes
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from stowray.doctor import Finding
     from stowray.metrics import Metrics
     from stowray.pipeline.prewarm_report import PrewarmReport
+    from stowray.pipeline.run_record import RunRecord
 
 
 def count_run(metrics: Metrics, report: PrewarmReport) -> None:
@@ -50,6 +52,31 @@ def count_run(metrics: Metrics, report: PrewarmReport) -> None:
     errors += [node.error for node in report.nodes if node.error and node.name not in seen]
     for error in errors:
         metrics.add("stowray_failures_total", 1, type=str(error["type"]))
+
+
+def count_bench(metrics: Metrics, record: RunRecord) -> None:
+    """Count the pulls of a benchmark by registry and mode; those into empty stores are ``cold``."""
+    for run in record.runs:
+        about = {"registry": _registry(run.reference), "mode": run.mode}
+        if run.error is not None:
+            metrics.add("stowray_bench_pulls_total", 1, result="failed", **about)
+            metrics.add("stowray_failures_total", 1, type=str(run.error.get("type", "")))
+            continue
+        metrics.add("stowray_bench_pulls_total", 1, result="done", **about)
+        for stage in STAGES:
+            seconds = stage_of(run, stage)
+            if seconds is not None:
+                metrics.add("stowray_bench_duration_seconds_sum", seconds, stage=stage, **about)
+                metrics.add("stowray_bench_duration_seconds_count", 1, stage=stage, **about)
+
+
+def _registry(text: str) -> str:
+    """Return the host of a reference; images on disk are all one."""
+    from stowray.pipeline.reference import Reference, wire_host
+    from stowray.pipeline.source import parse_source
+
+    source = parse_source(text)
+    return wire_host(source.registry) if isinstance(source, Reference) else "disk"
 
 
 def count_findings(metrics: Metrics, findings: Iterable[Finding]) -> None:

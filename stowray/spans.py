@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from opentelemetry.trace import Span as OpenSpan
     from opentelemetry.trace import Tracer
 
-    from stowray.pipeline.run_record import Run, Span
+    from stowray.pipeline.run_record import Run, RunRecord, Span
 
 _NAMES = {
     "resolve": "resolve",
@@ -32,6 +32,8 @@ _NAMES = {
     "layer": "apply layer",
     "commit": "commit snapshot",
 }
+# What the queue of a BatchSpanProcessor holds unless OTEL_BSP_MAX_QUEUE_SIZE says otherwise.
+QUEUE = 2048
 _ENDPOINTS = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT")
 
 
@@ -56,16 +58,44 @@ def export(
 
     Raises UsageError when what the environment asks for is not installed.
     """
-    with tracing(environment, exporter) as (tracer, parent):
+    count = sum(1 + len(run.spans) for run in runs)
+    with tracing(environment, exporter, count) as (tracer, parent):
         for run in runs:
             _export_run(tracer, run, started, parent)
 
 
+def export_bench(
+    record: RunRecord,
+    *,
+    environment: Mapping[str, str] = os.environ,
+    exporter: SpanExporter | None = None,
+) -> None:
+    """Send the spans of a benchmark: one for all of it, its pulls inside; see :func:`export`."""
+    from opentelemetry import trace
+
+    count = 1 + sum(1 + len(run.spans) for run in record.runs)
+    with tracing(environment, exporter, count) as (tracer, parent):
+        whole = tracer.start_span(
+            record.kind,
+            context=parent,
+            attributes={"stowray.runs": len(record.runs)},
+            start_time=nanoseconds(record.started),
+        )
+        inside = trace.set_span_in_context(whole)
+        for run in record.runs:
+            _export_run(tracer, run, record.started, inside)
+        end = max((run.started + run.seconds for run in record.runs), default=0.0)
+        whole.end(nanoseconds(record.started + end))
+
+
 @contextmanager
 def tracing(
-    environment: Mapping[str, str], exporter: SpanExporter | None = None
+    environment: Mapping[str, str], exporter: SpanExporter | None = None, count: int = 0
 ) -> Iterator[tuple[Tracer, Any]]:
-    """Yield a tracer and the parent that the environment names; all is sent at the end."""
+    """Yield a tracer and the parent that the environment names; all is sent at the end.
+
+    ``count`` is how many spans there will be at most: what a queue has no room for is dropped.
+    """
     try:
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
@@ -78,7 +108,11 @@ def tracing(
 
     resource = Resource.create({"service.version": __version__, **_service(environment)})
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-    provider.add_span_processor(BatchSpanProcessor(exporter or _exporter(environment)))
+    provider.add_span_processor(
+        BatchSpanProcessor(
+            exporter or _exporter(environment), max_queue_size=max(count, QUEUE) if count else None
+        )
+    )
     tracer = provider.get_tracer("stowray", __version__)
     carrier = {
         name.lower(): environment[name]
@@ -121,6 +155,12 @@ def _export_run(tracer: Tracer, run: Run, started: float, parent: Any) -> None:
     from opentelemetry import trace
 
     attributes: dict[str, str | int] = {"container.image.name": run.reference}
+    if run.mode != "pull":
+        attributes |= {"stowray.mode": run.mode, "stowray.number": run.number}
+        # The clock of a benchmark's pull began with its process.
+        origin = started + run.started
+    else:
+        origin = started
     if run.result is not None:
         attributes |= {
             "oci.manifest.digest": run.result["digest"],
@@ -139,7 +179,7 @@ def _export_run(tracer: Tracer, run: Run, started: float, parent: Any) -> None:
     inside = trace.set_span_in_context(whole)
     for part in run.spans:
         if part.kind in _NAMES:
-            _export_part(tracer, part, started, inside)
+            _export_part(tracer, part, origin, inside)
     whole.end(nanoseconds(started + run.started + run.seconds))
 
 
@@ -151,6 +191,7 @@ def _export_part(tracer: Tracer, part: Span, started: float, parent: Any) -> Non
             "stowray.id": part.id,
             "stowray.size": part.total,
             "stowray.status": part.status,
+            "stowray.retries": part.retries,
             "host.name": part.node,
         },
         start_time=nanoseconds(started + part.active),

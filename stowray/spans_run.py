@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.prewarm_rows import BlobSpan, NodeRow
 
-# The queue of a BatchSpanProcessor holds 2048 spans unless OTEL_BSP_MAX_QUEUE_SIZE says otherwise.
+# Together fewer than stowray.spans.QUEUE.
 NODES: Final = 1000
 BLOBS: Final = 800
 

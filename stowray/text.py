@@ -15,7 +15,9 @@ def size_text(size: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """Return a duration: ``0.42 s``, ``12 s``, ``3 min 05 s``."""
+    """Return a duration: ``4.2 ms``, ``42 ms``, ``0.42 s``, ``12 s``, ``3 min 05 s``."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.0f} ms" if seconds >= 0.00995 else f"{seconds * 1000:.1f} ms"
     if seconds < 10:
         return f"{seconds:.2f} s"
     if seconds < 60:

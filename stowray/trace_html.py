@@ -161,6 +161,8 @@ def _about(span: Span, begin: float) -> str:
     parts.append(f"from {span.started - begin:.2f} s to {span.end - begin:.2f} s")
     if span.active > span.started:
         parts.append(f"at work from {span.active - begin:.2f} s")
+    if span.retries:
+        parts.append(f"asked for again: {span.retries}")
     return ", ".join([*parts, *([span.error] if span.error else [])])
 
 
@@ -174,9 +176,10 @@ def _table(spans: list[Span]) -> str:
             f"{span.started - begin:.3f}",
             f"{span.active - begin:.3f}",
             f"{span.end - begin:.3f}",
+            span.retries or "",
             span.node,
         ]
         for span in spans
     ]
-    head = ["what", "status", "size", "queued (s)", "begun (s)", "ended (s)", "node"]
+    head = ["what", "status", "size", "queued (s)", "begun (s)", "ended (s)", "retries", "node"]
     return table("Every blob, layer and commit", head, rows)

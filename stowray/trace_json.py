@@ -65,6 +65,7 @@ def _slice(
             "status": span.status,
             "bytes": span.total,
             "node": span.node,
+            "retries": span.retries,
             **({"error": span.error} if span.error else {}),
         },
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import metrics_option, observe_bench
 
 if TYPE_CHECKING:
     from stowray.bench_runs import Mode
@@ -35,12 +36,13 @@ _IN = click.Path(dir_okay=False, exists=True, path_type=Path)
 @click.option("--disk", metavar="DIR", help="Where the stores are made; default: beside --store.")
 @click.option("--record", metavar="FILE", type=_OUT, help="Keep all figures in FILE.")
 @click.option("--html", metavar="FILE", type=_OUT, help="Also draw the figures into FILE.")
+@metrics_option
 @click.option(
     "--compare",
     nargs=2,
     metavar="A B",
     type=_IN,
-    help="Measure nothing: compare two records, B to A.",
+    help="Measure nothing: compare two records, B to A; --html draws it.",
 )
 def bench_command(
     context: Context,
@@ -51,6 +53,7 @@ def bench_command(
     disk: str | None,
     record: Path | None,
     html: Path | None,
+    metrics: Path | None,
     compare: tuple[Path, Path] | None,
 ) -> int:
     """Pull each REF several times and show how long each stage took: median, lowest, highest.
@@ -65,7 +68,9 @@ def bench_command(
     if compare is not None:
         if references:
             raise UsageError("bench", "give REFs to measure, or --compare A B, not both")
-        return _compare(context, *compare)
+        if cold or warm or disk or record or metrics:
+            raise UsageError("bench", "with --compare A B nothing is measured: only --html goes")
+        return _compare(context, *compare, html)
     if not references:
         raise UsageError("bench", "give at least one REF, or --compare A B")
     references = tuple(dict.fromkeys(parse_source(text).canonical for text in references))
@@ -74,7 +79,10 @@ def bench_command(
     if record is not None:
         measured.write(record)
     if html is not None:
-        _draw(measured, html)
+        from stowray.bench_html import bench_page
+
+        _write_page(bench_page(measured), html)
+    observe_bench(context, measured, metrics)
     return _answer(context, measured, len(references))
 
 
@@ -131,7 +139,7 @@ def _answer(context: Context, record: RunRecord, references: int) -> int:
     return 1 if errors else 0
 
 
-def _compare(context: Context, first: Path, second: Path) -> int:
+def _compare(context: Context, first: Path, second: Path, html: Path | None) -> int:
     from stowray import bench_text
     from stowray.pipeline.bench_summary import compare
     from stowray.pipeline.errors import UsageError
@@ -148,16 +156,19 @@ def _compare(context: Context, first: Path, second: Path) -> int:
             print(json.dumps(comparison.to_dict()))  # noqa: T201
         else:
             print(bench_text.comparison_text(comparison))  # noqa: T201
+    if html is not None:
+        from stowray.bench_html import comparison_page
+
+        _write_page(comparison_page(*records), html)
     return 0
 
 
-def _draw(record: RunRecord, path: Path) -> None:
-    from stowray.bench_html import bench_page
+def _write_page(page: str, path: Path) -> None:
     from stowray.pipeline.files import replace_file, translated
     from stowray.pipeline.run_record import file_mode
 
     with translated(path, "write the page"):
-        replace_file(path, bench_page(record).encode(), mode=file_mode())
+        replace_file(path, page.encode(), mode=file_mode())
 
 
 def _say_run(log: Log, run: Run) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from stowray.metrics import Metrics
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.result import PullResult
-    from stowray.pipeline.run_record import Recorder, Run
+    from stowray.pipeline.run_record import Recorder, Run, RunRecord
 
 _FILE = click.Path(dir_okay=False, path_type=Path)
 
@@ -31,6 +31,8 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the options that an :class:`Observer` carries out."""
     function = metrics_option(function)
+    # For `bench`, whose pulls are not to add to what the settings say.
+    function = click.option("--no-metrics", is_flag=True, hidden=True)(function)
     return click.option(
         "--record", metavar="FILE", type=_FILE, help="Keep a run record for `stowray trace`."
     )(function)
@@ -40,12 +42,18 @@ class Observer:
     """Watches one command's pulls; does nothing at all unless something was asked for."""
 
     def __init__(
-        self, context: Context, kind: str, *, record: Path | None, metrics: Path | None
+        self,
+        context: Context,
+        kind: str,
+        *,
+        record: Path | None,
+        metrics: Path | None,
+        no_metrics: bool = False,
     ) -> None:
         self._context = context
         self._kind = kind
         self._record = record
-        self._metrics_path = metrics_path(context, metrics)
+        self._metrics_path = None if no_metrics else metrics_path(context, metrics)
         self._metrics: Metrics | None = None
         self._lock = threading.Lock()
         self._runs: list[Run] = []
@@ -116,13 +124,10 @@ class Observer:
         if spans_wanted():
             from stowray.spans import export
 
-            try:
-                export(self._finished(recorder), recorder.started)
-            except UsageError as error:
-                # The variables may be a whole cluster's: they must not fail its pulls.
-                self._context.log("warning", "spans", f"no spans were sent: {error}")
+            _sent(self._context, lambda: export(self._finished(recorder), recorder.started))
 
     def _write_metrics(self, metrics: Metrics, path: Path, work: Work) -> None:
+        metrics.watch(work.progress.events())
         for run in self._runs:
             if run.result is not None:
                 metrics.pulled(run.result)
@@ -183,10 +188,31 @@ def observe_run(context: Context, report: PrewarmReport, metrics: Path | None) -
     if spans_wanted():
         from stowray.spans_run import export_run
 
-        try:
-            export_run(report)
-        except UsageError as error:
-            context.log("warning", "spans", f"no spans were sent: {error}")
+        _sent(context, lambda: export_run(report))
+
+
+def observe_bench(context: Context, record: RunRecord, metrics: Path | None) -> None:
+    """Write the figures and send the spans of a benchmark."""
+    path = metrics_path(context, metrics)
+    if path is not None:
+        from stowray.metrics import Metrics
+        from stowray.metrics_run import count_bench
+
+        figures = Metrics()
+        count_bench(figures, record)
+        figures.write(path)
+    if spans_wanted():
+        from stowray.spans import export_bench
+
+        _sent(context, lambda: export_bench(record))
+
+
+def _sent(context: Context, export: Callable[[], None]) -> None:
+    """Export spans; the variables may be a whole cluster's: they must not fail its work."""
+    try:
+        export()
+    except UsageError as error:
+        context.log("warning", "spans", f"no spans were sent: {error}")
 
 
 def spans_wanted() -> bool:

@@ -43,6 +43,7 @@ def pull_command(
     offline: bool,
     record: Path | None,
     metrics: Path | None,
+    no_metrics: bool,
 ) -> int:
     """Fetch images, verify them and unpack them into the store.
 
@@ -57,7 +58,7 @@ def pull_command(
         unpack=not (no_unpack or all_platforms),
         sync=sync,
     )
-    observer = Observer(context, "pull", record=record, metrics=metrics)
+    observer = Observer(context, "pull", record=record, metrics=metrics, no_metrics=no_metrics)
     return pull_references(context, references, options, observer, all_platforms=all_platforms)
 
 

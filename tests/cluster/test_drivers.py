@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ import sys
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -20,12 +21,14 @@ from stowray.actors.embedded import started_below
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import LocalEngine, PullOptions
 from stowray.pipeline.errors import DeadlineError
-from stowray.pipeline.progress import Progress
+from stowray.pipeline.progress import FINAL, Progress
+from stowray.pipeline.run_record import Run, RunRecord
 from stowray.pipeline.settings import Settings
 from stowray.pipeline.source import parse_source
 from stowray.pipeline.store import Store
 from tests.support.registry import FakeRegistry, Fault
 from tests.support.tars import archive, directory, file
+from tests.unit.test_metrics import samples
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -300,6 +303,59 @@ def test_a_pause_holds_for_pulls_of_one_store_through_one_session_and_for_no_oth
     later = [request.time - begun for request in registry.seen("a/second/blobs/")]
     assert min(later) >= pause - 0.1
     assert min(request.time for request in registry.seen("a/third/blobs/")) - begun < min(later)
+
+
+def test_a_pull_through_a_session_leaves_the_figures_of_a_local_one(
+    own_session: session.Session, here: Path, registry: FakeRegistry
+) -> None:
+    """Bytes by source, stages, retries, the log's events and the record's spans."""
+    registry.add_image("a/b", "1", [archive(file("f", b"x")), archive(file("g", b"y"))])
+    reference = f"{registry.host}/a/b:1"
+
+    def pulled(engine: str) -> tuple[dict[Any, float], set[tuple[str, str]], Run]:
+        registry.fault("a/b/blobs/", Fault(status=503))
+        figures, record = here / f"{engine}.prom", here / f"{engine}.run"
+        command = [sys.executable, "-m", "stowray", "--store", str(here / engine), "--log-json"]
+        command += ["--engine", engine, "pull", "--metrics", str(figures), "--record", str(record)]
+        done = subprocess.run(
+            [*command, reference], capture_output=True, text=True, check=False, cwd=ROOT
+        )
+        assert done.returncode == 0, done.stderr
+        lines = [json.loads(line) for line in done.stderr.splitlines()]
+        (run,) = RunRecord.read(record).runs
+        return (
+            samples(figures.read_text()),
+            {(line["event"], line["id"]) for line in lines if line.get("id")},
+            run,
+        )
+
+    (near, said_near, local), (far, said_far, remote) = pulled("local"), pulled("ray")
+    assert far["stowray_retries_total", ()] == near["stowray_retries_total", ()] == 1
+    assert local.result is not None and remote.result is not None
+    assert (local.result["engine"], remote.result["engine"]) == ("local", "ray")
+    measured = ("_seconds_sum", "_timestamp_seconds", "_free_bytes")
+    assert {key for key in near if key not in far} == set()
+    for key, value in near.items():
+        if not key[0].endswith(measured):
+            assert far[key] == value, key
+    for stage, seconds in remote.result["seconds"].items():
+        assert far["stowray_stage_duration_seconds_sum", (("stage", stage),)] == seconds
+        assert seconds > 0, stage
+    # Whether what begins and ends between two looks is seen to have begun is chance.
+    final = {status for status in FINAL if status != "exists"}
+    for found in (said_near, said_far):
+        found -= {line for line in found if line[0].partition(".")[2] not in final}
+    assert said_far == said_near
+
+    def spans(run: Run) -> dict[tuple[str, str], tuple[str, int, int]]:
+        return {(s.kind, s.id): (s.status, s.total, s.retries) for s in run.spans}
+
+    assert spans(remote) == spans(local)
+    # By the name of the one who pulls, whatever the session was called when it was started.
+    assert {span.node for span in remote.spans} == {span.node for span in local.spans}
+    for span in remote.spans:
+        assert span.completed is not None
+        assert span.started <= span.active <= span.end <= remote.seconds + 0.1
 
 
 def test_a_session_that_is_not_up_in_time_leaves_nothing(

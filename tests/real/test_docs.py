@@ -6,6 +6,8 @@ says so in its first line, and is a test of its own that is skipped with that re
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import re
 import shlex
@@ -17,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import jsonschema
 import pytest
 import yaml
 
@@ -223,3 +226,33 @@ def test_settings_of_other_programs_are_of_their_form() -> None:
         assert tomllib.loads(block.code)
     for block in named("docs/howto/ray.md", "yaml"):
         assert yaml.safe_load(block.code)
+
+
+def test_the_pod_of_kuberay_fits_together() -> None:
+    """What the variables name is on a volume of the pod, and every mount has its volume."""
+    (block,) = [b for b in named("docs/howto/ray.md", "yaml") if "hostPath" in b.code]
+    pod = yaml.safe_load(block.code)
+    volumes = {volume["name"]: volume["hostPath"] for volume in pod["volumes"]}
+    assert volumes["stow"]["type"] == "DirectoryOrCreate"
+    for container in pod["containers"]:
+        mounts = {mount["name"]: Path(mount["mountPath"]) for mount in container["volumeMounts"]}
+        assert set(mounts) == set(volumes)
+        variables = {entry["name"]: entry["value"] for entry in container["env"]}
+        assert Path(variables["STOWRAY_STORE"]) == mounts["stow"]
+        assert Path(variables["CONTAINERD_ADDRESS"]).parent == mounts["containerd"]
+        assert variables["CONTAINERD_NAMESPACE"] == "k8s.io"
+
+
+def test_the_cluster_s_yaml_is_what_ray_s_launcher_takes() -> None:
+    """Held against the schema that ships with Ray: it allows no key that it does not know."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None and spec.origin is not None
+    path = Path(spec.origin).parent / "autoscaler" / "ray-schema.json"
+    schema = json.loads(path.read_text(encoding="utf-8"))
+    (block,) = [b for b in named("docs/howto/ray.md", "yaml") if "start_ray" in b.code]
+    settings = {"cluster_name": "c", "provider": {"type": "local"}, **yaml.safe_load(block.code)}
+    jsonschema.validate(settings, schema)
+    with pytest.raises(jsonschema.ValidationError, match="worker_start_rey_commands"):
+        jsonschema.validate({**settings, "worker_start_rey_commands": []}, schema)
+    for command in settings["worker_start_ray_commands"]:
+        subprocess.run(["bash", "-n", "-c", command], check=True, timeout=60)

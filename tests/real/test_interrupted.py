@@ -24,6 +24,9 @@ pytestmark = [pytest.mark.peers, pytest.mark.root]
 
 HEADERS = 64 << 10  # what documents and HTTP headers may add
 IN_FLIGHT = 2 << 20  # what a pull that has taken all that was sent may still lose at its end
+# A stream that others take over from ends early: what lies in its sockets by then was sent in vain.
+# Linux lets them grow that far (net.ipv4.tcp_rmem and tcp_wmem) when the reader is the slower one.
+SOCKETS = (6 << 20) + (4 << 20)
 END_SECONDS = 60
 JOIN_SECONDS = 4
 
@@ -66,7 +69,7 @@ def test_next_pull_fetches_only_the_rest(
         proxy.reset()
         result = stowray.pull(reference)
         assert result["fetched_bytes"] <= size // 2 + IN_FLIGHT
-        assert proxy.served <= size // 2 + IN_FLIGHT + HEADERS
+        assert proxy.served <= size // 2 + IN_FLIGHT + HEADERS + SOCKETS
     stowray.run("rootfs", reference, workspace / "flat")
     judge.assert_same_tree(workspace / "flat", judged("debian"))
 
@@ -104,7 +107,7 @@ def test_a_cut_connection_is_picked_up_at_the_same_byte(
             proxy.hold_after(None)
             process.wait(timeout=END_SECONDS)
             assert process.returncode == 0
-        assert proxy.served <= size + IN_FLIGHT + HEADERS
+        assert proxy.served <= size + IN_FLIGHT + HEADERS + SOCKETS
 
 
 def test_two_pulls_of_one_reference_share_the_download(
@@ -125,7 +128,7 @@ def test_two_pulls_of_one_reference_share_the_download(
                 proxy.hold_after(None)
                 assert first.wait(timeout=END_SECONDS) == 0
                 assert second.wait(timeout=END_SECONDS) == 0
-        assert proxy.served <= size * 1.05
+        assert proxy.served <= size + HEADERS + SOCKETS
 
 
 def test_pulls_of_images_that_share_a_layer_fetch_it_once(

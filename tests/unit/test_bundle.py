@@ -190,6 +190,20 @@ def test_account_files_that_are_no_files_are_no_accounts(store: Store, tmp_path:
     assert content["process"]["user"] == {"uid": 1234, "gid": 0}
 
 
+def test_accounts_are_those_of_the_image_and_no_monster_is_read(
+    store: Store, tmp_path: Path
+) -> None:
+    spy = b"spy:x:55:55::/:/bin/sh\n"
+    (tmp_path / "passwd").write_bytes(spy)
+    outside = entries.symlink("etc/passwd", f"{tmp_path}/passwd")
+    monster = entries.file("etc/passwd", spy + b"#" * (4 << 20))
+    for number, passwd in enumerate((outside, monster)):
+        layer = tar(entries.directory("etc"), passwd, entries.file("etc/group", b"#" * (5 << 20)))
+        config, chain_id = put_image(store, {"User": "spy"}, layer)
+        with pytest.raises(ManifestError, match="spy"):
+            write_bundle(store, config, chain_id, tmp_path / f"bundle{number}")
+
+
 @pytest.mark.parametrize(
     ("text", "user"),
     [

@@ -9,6 +9,7 @@ from stowray.cli.app import run
 from stowray.pipeline.run_record import RunRecord
 from tests.support.registry import FakeRegistry, Fault
 from tests.support.small import small_tar
+from tests.unit.test_metrics import samples
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -74,6 +75,49 @@ def test_bench_measures_cold_and_warm_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "page.html"]
 
 
+def test_bench_leaves_figures_and_spans_of_its_own(
+    cli, registry: FakeRegistry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "console")
+    usual, figures = tmp_path / "usual.prom", tmp_path / "bench.prom"
+    settings = tmp_path / "settings.toml"
+    settings.write_text(f"metrics = '{usual}'\n")
+    bad = f"{registry.host}/none:1"
+    status, out, err = cli(
+        *("--config", settings, "bench", f"{registry.host}/a/b:1", bad, "--runs", "2", "--json"),
+        *("--metrics", figures),
+    )
+    assert status == 1
+    assert not usual.exists(), "pulls that are measured are nobody's pulls"
+    found = samples(figures.read_text())
+    (cold, warm) = [line for line in map(json.loads, out.splitlines()) if not line["failed"]]
+    assert (cold["mode"], warm["mode"]) == ("cold", "warm")
+    for line in (cold, warm):
+        about = (("mode", line["mode"]), ("registry", registry.host))
+        assert found["stowray_bench_pulls_total", (*about, ("result", "done"))] == 2
+        for stage, seconds in line["seconds"].items():
+            key = *about, ("stage", stage)
+            assert found["stowray_bench_duration_seconds_count", key] == 2
+            total = found["stowray_bench_duration_seconds_sum", key]
+            assert total == pytest.approx(sum(seconds["values"]), abs=1e-5)
+    assert found["stowray_failures_total", (("type", "NotFoundError"),)] == 1
+    spans, rest = [], err[err.index("{") :]
+    while rest.startswith("{"):
+        span, end = json.JSONDecoder().raw_decode(rest)
+        spans.append(span)
+        rest = rest[end:].lstrip()
+    (whole,) = [span for span in spans if span["name"] == "bench"]
+    pulls = [span for span in spans if span["name"] == "pull"]
+    assert {span["parent_id"] for span in pulls} == {whole["context"]["span_id"]}
+    modes = [span["attributes"]["stowray.mode"] for span in pulls]
+    assert sorted(modes) == ["cold", "cold", "cold", "warm", "warm"]
+    for span in spans:
+        if span["name"] not in ("bench", "pull"):
+            (pull,) = [one for one in pulls if one["context"]["span_id"] == span["parent_id"]]
+            assert whole["start_time"] <= span["start_time"] <= span["end_time"]
+            assert span["end_time"] <= pull["end_time"] <= whole["end_time"]
+
+
 def test_two_references_take_turns_and_are_compared(cli, registry: FakeRegistry) -> None:
     one, other = (f"{registry.host}/{name}:1" for name in ("a/b", "c/d"))
     status, out, err = cli("bench", one, other, "--runs", "2", "--cold")
@@ -119,6 +163,16 @@ def test_records_are_compared(cli, registry: FakeRegistry, tmp_path: Path) -> No
     assert {stage["stage"] for stage in lines[0]["stages"]} >= {"total", "process"}
     status, out, _ = cli("bench", "--compare", tmp_path / "one", tmp_path / "two")
     assert "may be chance" in out
+    page = tmp_path / "compared.html"
+    records = tmp_path / "one", tmp_path / "two"
+    assert cli("bench", "--compare", *records, "--html", page)[0] == 0
+    shown = page.read_text()
+    for stage in ("resolve", "fetch", "apply", "total", "process"):
+        for side in ("first", "second"):
+            assert f">{stage} · {side}<" in shown
+    assert shown.count("may be chance") == out.count("may be chance")
+    assert cli("bench", "--compare", *records, "--record", tmp_path / "no")[0] == 2
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.parametrize("arguments", [(), ("Not A Reference",)])

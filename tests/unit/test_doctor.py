@@ -173,10 +173,12 @@ def test_text_gives_advice_on_a_line_of_its_own(capsys, tmp_path: Path, monkeypa
 
 
 @pytest.mark.root
-def test_the_store_of_another_user_is_warned_of(cli, tmp_path: Path) -> None:
+def test_the_store_of_another_user_is_a_problem_for_root(cli, tmp_path: Path) -> None:
     Store.open(tmp_path / "store").close()
     assert cli()[1]["store"]["state"] == "ok"
+    before = {path.name for path in (tmp_path / "store").iterdir()}
     os.chown(tmp_path / "store", 65534, -1)
     status, found, _ = cli()
-    assert (status, found["store"]["state"]) == (0, "warn")
+    assert (status, found["store"]["state"]) == (1, "problem")
     assert "user 65534" in found["store"]["advice"]
+    assert {path.name for path in (tmp_path / "store").iterdir()} == before

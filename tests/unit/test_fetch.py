@@ -165,6 +165,31 @@ def test_a_cut_body_goes_on_where_it_ended(bench: Bench, how: str, after: int) -
     assert fetched.fetched_bytes <= SIZE
 
 
+@pytest.mark.parametrize("how", ["reset", "fin"])
+@pytest.mark.parametrize("after", [1, 2500, 4999])
+def test_a_small_blob_that_is_cut_goes_on_as_well(bench: Bench, how: str, after: int) -> None:
+    small = DATA[:5000]
+    bench.fake.add_blob(small)
+    descriptor = Descriptor(BLOB.media_type, Digest.of(small), len(small))
+    bench.fake.fault("/blobs/", Fault(cut=how, after=after))
+    fetched = bench.fetch(descriptor)
+    assert bench.holds(descriptor, small)
+    assert bench.leftovers == []
+    if how == "fin":
+        assert bench.ranges() == [None, f"bytes={after}-4999"]
+        assert fetched.fetched_bytes == 5000
+
+
+def test_a_small_blob_of_wrong_bytes_gets_one_fresh_try(bench: Bench) -> None:
+    small = DATA[:5000]
+    bench.fake.add_blob(small)
+    descriptor = Descriptor(BLOB.media_type, Digest.of(small), len(small))
+    bench.fake.fault("/blobs/", Fault(corrupt=77))
+    bench.fetch(descriptor)
+    assert bench.holds(descriptor, small)
+    assert bench.ranges() == [None, None]
+
+
 def test_many_cuts(bench: Bench) -> None:
     cuts = [Fault(cut="fin", after=size) for size in (100_000, 1, 0, 700_000, 3, 1_500_000)]
     bench.fake.fault("/blobs/", *cuts)

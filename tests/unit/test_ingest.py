@@ -65,6 +65,12 @@ def take(store: Store, digest: Digest, size: int) -> Ingest:
     return ingest
 
 
+def take_bare(store: Store, digest: Digest, size: int) -> Ingest:
+    ingest = store.acquire(digest, size, bare=True)
+    assert ingest is not None
+    return ingest
+
+
 def data_file(store: Store, digest: Digest) -> Path:
     (path,) = store.ingest_path(digest).glob("data.*")
     return path
@@ -616,6 +622,93 @@ def test_a_wrong_copy_is_kept_only_where_there_is_room_beside_the_right_one(
             assert os.pread(ingest.wrong_data, len(wrong), 0) == wrong
         store.reserve_bytes = 0
         ingest.write(data)
+        ingest.commit()
+    assert check_blobs(store.path) == {digest}
+    assert leftovers(store.path) == []
+
+
+# -- blobs that come whole at once -----------------------------------------------------------------
+
+WRITE_BARE = WRITE.replace("size)\nsay", "size, bare=True)\nsay")
+
+
+@pytest.mark.parametrize("algorithm", ["sha256", "sha512"])
+def test_a_blob_that_comes_whole_leaves_no_trace_before_its_commit(
+    store: Store, algorithm: str
+) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data, algorithm)
+    with take_bare(store, digest, len(data)) as ingest:
+        ingest.write(data)
+        assert ingest.offset == len(data)
+        assert os.listdir(store.ingest_path(digest)) == ["lock"]
+        assert store.acquire(digest, len(data)) is None, "two writers"
+        ingest.commit()
+    assert store.blob_path(digest).read_bytes() == data
+    assert check_blobs(store.path) == {digest}
+    assert leftovers(store.path) == []
+
+
+def test_a_blob_that_comes_in_pieces_is_seen_and_resumed(store: Store) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data)
+    with take_bare(store, digest, len(data)) as ingest:
+        ingest.write(data[:3000])
+        assert not ingest.is_bare
+        with store.follow(digest, len(data)) as follower:
+            assert follower.read() == data[:3000]
+    with take_bare(store, digest, len(data)) as ingest:
+        assert (ingest.offset, ingest.is_bare) == (3000, False)
+        ingest.write(data[3000:])
+        ingest.commit()
+    assert check_blobs(store.path) == {digest}
+
+
+def test_what_is_asked_of_a_whole_blob_that_is_not_written_yet_is_there(store: Store) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data)
+    with take_bare(store, digest, len(data)) as ingest:
+        ingest.write(data)
+        assert ingest.read(10, 20) == data[10:30]
+        with store.follow(digest, len(data)) as follower:
+            assert follower.read() == data
+        ingest.commit()
+    assert check_blobs(store.path) == {digest}
+
+
+def test_wrong_bytes_that_come_whole_begin_a_new_generation(store: Store) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data)
+    with take_bare(store, digest, len(data)) as ingest:
+        ingest.write(pattern(5000, seed=1))
+        with pytest.raises(DigestMismatchError):
+            ingest.commit()
+        assert ingest.offset == 0
+        assert not store.has(digest)
+        ingest.write(data)
+        ingest.commit()
+    assert check_blobs(store.path) == {digest}
+    assert leftovers(store.path) == []
+
+
+def test_a_bare_ingest_that_got_nothing_is_gone(store: Store) -> None:
+    digest = Digest.of(pattern(5000))
+    with take_bare(store, digest, 5000):
+        pass
+    assert leftovers(store.path) == []
+
+
+@pytest.mark.parametrize(
+    "failpoint",
+    ["ingest-proven", "ingest-before-rename", "ingest-after-rename", "ingest-before-unlock"],
+)
+def test_a_writer_of_a_whole_blob_may_die_anywhere(store: Store, failpoint: str) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data)
+    run_killed(WRITE_BARE, store.path, digest, len(data), 0, len(data), failpoint=failpoint)
+    with take_bare(store, digest, len(data)) as ingest:
+        if ingest.offset < len(data):
+            ingest.write(data)
         ingest.commit()
     assert check_blobs(store.path) == {digest}
     assert leftovers(store.path) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import stat
 import subprocess
@@ -26,10 +27,16 @@ from tests.support.entries import Entry, directory, file, hardlink, opaque, syml
 from tests.support.layer_cases import all_checks, make_host, watch
 from tests.support.plain_user import plain_directory, run_plain
 from tests.support.stacks import commit_all, reader, tar_bytes
+from tests.support.tars import gzipped
 from tests.support.trees import read_view
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
+
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
 
 ROOT = os.geteuid() == 0
 as_root = pytest.mark.skipif(not ROOT, reason="only root makes devices and changes owners")
@@ -338,6 +345,7 @@ import os, sys
 from pathlib import Path
 from tests.support.entries import *
 from tests.support.stacks import commit_all, reader, tar_bytes
+from tests.support.tars import gzipped
 from stowray.pipeline.layer import stage_layer
 os.umask(0o077)
 stage_layer(reader(tar_bytes([file("f", mode=0o666), directory("d", 0o777)])),
@@ -485,6 +493,59 @@ def test_no_descriptor_is_left(tree: Path) -> None:
     before = os.listdir("/proc/self/fd")
     stage(tree, [file(f"{number}/a/b/c/f") for number in range(200)])
     assert len(os.listdir("/proc/self/fd")) == len(before)
+
+
+# What a program that unpacks by helpers, in the tree or above it, runs or loads of an image.
+HELPERS = ("gzip", "unpigz", "xz", "zstd", "bzip2", "tar", "sh", "cp", "rm", "setfattr")
+BAIT = [
+    directory("bin"),
+    *(file(f"bin/{name}", b'#!/bin/sh\n: > "$CANARY"\n', mode=0o755) for name in HELPERS),
+    directory("etc"),
+    file("etc/nsswitch.conf", b"passwd: bait files\ngroup: bait files\n"),
+    file("etc/passwd", b"bait:x:77:77::/:/bin/sh\n"),
+    directory("lib"),
+    file("lib/libnss_bait.so.2", b"\x7fELF"),
+    file("lib/libz.so.1", b"\x7fELF"),
+]
+STAGE_ABOVE = """
+import json, os, sys
+from pathlib import Path
+from stowray.pipeline.layer import stage_layer
+from stowray.pipeline.overlay import ChainView
+tree, base, *blobs = map(Path, sys.argv[1:])
+os.chdir(tree)
+os.environ["PATH"] = f"{tree}/bin:bin"
+run = []
+kinds = ("os.exec", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "subprocess.Popen")
+sys.addaudithook(lambda name, _: run.append(name) if name in (*kinds, "os.chroot") else None)
+for number, blob in enumerate(blobs):
+    out = base / f"out{number}"
+    out.mkdir()
+    with blob.open("rb") as stream, ChainView([tree], os.geteuid() == 0) as lower:
+        stage_layer(lambda: stream.read(65536), out, privileged=os.geteuid() == 0, lower=lower)
+        stream.seek(0)
+maps = Path("/proc/self/maps").read_text()
+print(json.dumps([run, [line for line in maps.splitlines() if str(base) in line]]))
+"""
+
+
+def test_nothing_of_a_tree_is_run_and_nothing_of_it_is_loaded(base: Path, tree: Path) -> None:
+    stage(tree, BAIT)
+    above = tar_bytes([file("lib/data", b"x" * 100_000), file("etc/shadow", mode=0o600, uid=77)])
+    blobs = []
+    for name, data in (("tar", above), ("gz", gzipped(above)), ("zst", zstd.compress(above))):
+        blobs.append(base / f"layer.{name}")
+        blobs[-1].write_bytes(data)
+    canary = base / "canary"
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", STAGE_ABOVE, tree, base, *blobs],
+        env={**os.environ, "CANARY": str(canary), "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [[], []]
+    assert not canary.exists()
+    assert (base / "out1" / "lib" / "data").read_bytes() == b"x" * 100_000
 
 
 def test_attributes_inherited_from_the_store_stay_out(base: Path) -> None:

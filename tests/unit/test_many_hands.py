@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,7 +18,7 @@ from stowray.pipeline.store import Store
 from tests.support.command import COMMAND_SECONDS, Stowray
 from tests.support.hands import Hands
 from tests.support.invariants import check_store
-from tests.support.plain_user import plain_directory, run_plain
+from tests.support.plain_user import PLAIN_UID, plain_directory, run_plain
 from tests.support.registry import FakeRegistry, incompressible
 from tests.support.small import local_engine, small_tar
 
@@ -99,8 +101,14 @@ print(json.dumps(told))
 """
 
 
+# Another plain user, in the group of the first one.
+NEIGHBOUR = PLAIN.replace(
+    "become_plain()", f"import os; os.setgroups([]); os.setgid({PLAIN_UID}); os.setuid(65533)"
+)
+
+
 @pytest.mark.root
-def test_what_root_leaves_in_a_users_store_does_not_keep_its_owner_out() -> None:
+def test_a_store_is_its_owners_and_whoever_else_comes_is_refused_and_leaves_nothing() -> None:
     base = small_tar({"base": incompressible(100_000, 1)})
     with FakeRegistry() as registry, plain_directory() as folder:
         digests, names = [], []
@@ -108,23 +116,66 @@ def test_what_root_leaves_in_a_users_store_does_not_keep_its_owner_out() -> None
             layers = [base, small_tar({f"own/{number}": b""})]
             digests.append(registry.add_image("a/b", str(number), layers))
             names.append(f"{registry.host}/a/b:{number}")
-        store = folder / "work" / "store"
+        store = folder / "store"
         assert json.loads(run_plain(PLAIN, store, names[0])) == digests[:1]
-        with local_engine(store) as engine:
-            assert engine.pull(parse_source(names[1]), PullOptions()).digest == digests[1]
-        told = json.loads(run_plain(PLAIN, store, *names))
-        # Records and locks that root has left for itself alone are refused by class.
-        assert (told[0], told[1]) == (digests[0], 7)
-        assert all(answer in (7, digest) for answer, digest in zip(told, digests, strict=True))
-        with local_engine(store) as engine:
-            assert engine.pull(parse_source(names[3]), PullOptions()).digest == digests[3]
+        home = folder / "home"
+        home.mkdir()
+        root = Stowray(store, home)
+        commands = (
+            ["pull", *names],
+            ["images"],
+            ["gc"],
+            ["rm", names[0]],
+            ["pin", names[0]],
+            ["verify", "--repair"],
+            ["mount", names[0], home / "mounted"],
+        )
+        with ThreadPoolExecutor(len(commands) + 1) as pool:
+            owner = pool.submit(run_plain, PLAIN, store, *names)
+            answers = list(pool.map(lambda words: root.attempt(*words), commands))
+            assert json.loads(owner.result()) == digests
+        for words, answer in zip(commands, answers, strict=True):
+            assert answer.status == 7, (words, answer)
+            assert f"sudo -u '#{PLAIN_UID}'" in answer.stderr + answer.text
+        # As a group that may enter the directory: the files in it are its owner's alone.
+        store.chmod(0o770)
+        assert json.loads(run_plain(NEIGHBOUR, store, names[0])) == [7]
+        store.chmod(0o700)
+        assert json.loads(run_plain(NEIGHBOUR, store, names[0])) == [7]
+        owners = {path.lstat().st_uid for path in [store, *store.rglob("*")]}
+        assert owners == {PLAIN_UID}
+        assert json.loads(run_plain(PLAIN, store, *names)) == digests
         check_store(store)
-        # Another user's store is closed to a plain user.
-        own = folder / "work" / "roots"
+        # A store of root's is closed to a plain user.
+        own = folder / "roots"
         with local_engine(own) as engine:
             engine.pull(parse_source(names[0]), PullOptions())
         assert json.loads(run_plain(PLAIN, own, names[0])) == [7]
         check_store(own)
+
+
+# Whatever root makes there belongs to the directory's owner, as setfsuid(2) brings about here.
+ONE_OWNER = """
+import ctypes, os, sys
+from stowray.pipeline.digest import Digest
+from stowray.pipeline.store import Store
+import stowray.pipeline.probe, stowray.pipeline.layout, stowray.pipeline.references
+assert os.geteuid() == 0
+ctypes.CDLL(None).setfsuid(65534)
+with Store.open(sys.argv[1]) as store:
+    digest = Digest.of(b"here")
+    store.put_blob(digest, b"here")
+    print(digest)
+"""
+
+
+@pytest.mark.root
+def test_root_may_use_a_file_system_that_gives_all_files_one_owner() -> None:
+    with plain_directory() as folder:
+        (folder / "store").mkdir(mode=0o700)
+        os.chown(folder / "store", PLAIN_UID, PLAIN_UID)
+        for _ in range(2):
+            assert run_plain(ONE_OWNER, folder / "store").startswith("sha256:")
 
 
 CREEP = """

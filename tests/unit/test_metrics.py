@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import random
 import subprocess
 import sys
 import threading
@@ -13,12 +14,12 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stowray.cli.app import run
 from stowray.metrics import Metrics
-from stowray.pipeline.progress import Event
+from stowray.pipeline.progress import Progress
 from stowray.pipeline.run_record import RunRecord
 from stowray.pipeline.serve import BlobServer
 from stowray.pipeline.serve_limits import Served
 from stowray.pipeline.store import Store
-from tests.support.registry import FakeRegistry
+from tests.support.registry import FakeRegistry, Fault
 from tests.support.small import small_tar
 
 if TYPE_CHECKING:
@@ -80,13 +81,39 @@ def test_the_settings_may_name_the_file(tmp_path: Path, capsys) -> None:
 
 def test_retries_are_counted_once_each() -> None:
     metrics = Metrics()
-
-    def event(status: str) -> Event:
-        return Event(1.0, "r", "n", "sha256:x", "blob", status)
-
-    for status in ("downloading", "retrying", "retrying", "downloading", "retrying", "done"):
-        metrics.watch([event(status)])
+    progress = Progress()
+    for status in ("downloading", "retrying", "downloading", "retrying", "done"):
+        progress.record("r", "blob", "sha256:x", status)
+        if status != "retrying":
+            # Looks come every 100 ms at best: what is between two of them counts all the same.
+            metrics.watch(progress.events())
+    metrics.watch(progress.events())
     assert samples(metrics.text())["stowray_retries_total", ()] == 2
+
+
+@pytest.mark.parametrize("fault", [Fault(cut="reset", after=200_000), Fault(status=503)])
+def test_a_retry_is_in_figures_log_and_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: Fault
+) -> None:
+    files = [tmp_path / "m.prom", tmp_path / "r.run"]
+    with FakeRegistry() as registry:
+        registry.add_image("a/b", "1", [small_tar({"a": random.Random(1).randbytes(400_000)})])
+        (layer,) = [digest for digest, data in registry.blobs.items() if len(data) > 300_000]
+        registry.fault(str(layer), fault)
+        words = ["--metrics", str(files[0]), "--record", str(files[1]), f"{registry.host}/a/b:1"]
+        assert (
+            run(["--store", str(tmp_path / "s"), "--engine", "local", "--log-json", "pull", *words])
+            == 0
+        )
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    again = [line for line in lines if line["event"] == "blob.retrying"]
+    assert [(line["level"], line["id"]) for line in again] == [("warning", str(layer))]
+    (done,) = [line for line in lines if line["event"] == "blob.done" and line["id"] == str(layer)]
+    assert done["retries"] == 1
+    assert samples(files[0].read_text())["stowray_retries_total", ()] == 1
+    (pulled,) = RunRecord.read(files[1]).runs
+    found = {(span.kind, span.id) for span in pulled.spans if span.retries == 1}
+    assert found == {("blob", str(layer))}
 
 
 def test_labels_are_escaped_and_hold_no_path() -> None:

@@ -156,6 +156,36 @@ def test_many_directories_with_few_descriptors(base: Path) -> None:
         assert view.find(b"3/4/f") is not None
 
 
+def test_a_look_goes_no_further_down_than_it_must(base: Path) -> None:
+    layers = [[file("a/b/c")], *([file(f"a/b/d{number}")] for number in range(60))]
+    with build(base, *layers) as view:
+        before = len(os.listdir("/proc/self/fd"))
+        assert view.find(b"a/b/d58") is not None
+        assert len(os.listdir("/proc/self/fd")) - before <= 6
+        assert view.find(b"a/b/c") is not None
+        assert len(os.listdir("/proc/self/fd")) - before == 3 * 61
+        assert view.find(b"a/b/none") is None
+        assert len(view.children(b"a/b")) == 61
+
+
+def test_a_parent_that_is_no_longer_kept_still_finds_the_rest(base: Path) -> None:
+    wide = [file(f"top/w{number}/f") for number in range(200)]
+    layers = [[*wide, file("top/deep/below")], [file("top/deep/above")], [file("top/else")]]
+    before = len(os.listdir("/proc/self/fd"))
+    with build(base, *layers) as view:
+        # Found in the second tree; the third is not looked at yet.
+        assert view.find(b"top/deep/above") is not None
+        for number in range(200):
+            assert view.find(f"top/w{number}/f".encode()) is not None
+        assert view.find(b"top/deep/below") is not None
+        assert [node.path for node in view.children(b"top/deep")] == [
+            b"top/deep/above",
+            b"top/deep/below",
+        ]
+        assert len(os.listdir("/proc/self/fd")) - before < 220
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
 def test_descriptors_are_closed(base: Path) -> None:
     before = len(os.listdir("/proc/self/fd"))
     with build(base, [file("a/b/c")], [file("a/b/d")]) as view:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -29,11 +30,8 @@ from stowray.pipeline.prewarm_plan import (
     Wave,
     expand_waves,
 )
-from stowray.pipeline.prewarm_plan_file import load_plan, parse_plan
+from stowray.pipeline.prewarm_plan_file import PLAN_LIMIT, load_plan, parse_plan
 from stowray.pipeline.reference import Reference
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 FULL = """
 images = [
@@ -190,6 +188,33 @@ def test_a_bad_key_is_named(tmp_path: Path, text: str, named: str) -> None:
 def test_a_missing_file_is_a_usage_error(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot read the plan"):
         load_plan(tmp_path / "none.toml")
+
+
+def test_a_plan_may_be_a_link_or_a_pipe(tmp_path: Path) -> None:
+    """As in the volume of a ConfigMap, or from a shell's <(…)."""
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "plan.toml").write_text('images = ["debian:12"]')
+    (tmp_path / "plan.toml").symlink_to("data/plan.toml")
+    linked = load_plan(tmp_path / "plan.toml")
+    reader, writer = os.pipe()
+    os.write(writer, b'images = ["debian:12"]')
+    os.close(writer)
+    with open(reader) as pipe:
+        assert load_plan(Path(f"/dev/fd/{pipe.fileno()}")).images == linked.images
+    with pytest.raises(UsageError, match="cannot read the plan: Is a directory"):
+        load_plan(tmp_path)
+    (tmp_path / "large").write_bytes(b"#" * (PLAN_LIMIT + 1))
+    with pytest.raises(UsageError, match="larger than"):
+        load_plan(tmp_path / "large")
+
+
+def test_a_lock_file_behind_a_link_stays_there(tmp_path: Path) -> None:
+    (tmp_path / "repository").mkdir()
+    link = tmp_path / "images.lock"
+    link.symlink_to("repository/images.lock")
+    write_lock(link, LOCK)
+    assert link.is_symlink()
+    assert read_lock(link) == read_lock(tmp_path / "repository" / "images.lock") == LOCK
 
 
 def test_an_override_of_a_broken_section_is_named(tmp_path: Path) -> None:
@@ -414,7 +439,7 @@ def test_an_unreadable_lock_file_is_a_usage_error(tmp_path: Path) -> None:
     (tmp_path / "binary").write_bytes(b"\xff")
     with pytest.raises(UsageError, match="TOML"):
         read_lock(tmp_path / "binary")
-    with pytest.raises(StorageError, match="regular file"):
+    with pytest.raises(UsageError, match="Is a directory"):
         read_lock(tmp_path)
     with pytest.raises(UsageError, match="cannot read"):
         read_lock(tmp_path / "binary" / "below")

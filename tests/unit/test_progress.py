@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -99,3 +100,28 @@ def test_current_never_falls_and_a_final_status_stays(reports) -> None:
 def test_an_event_survives_its_dictionary() -> None:
     event = Event(1.5, "a:1", "n", "sha256:x", "blob", "done", 3, 3, 1.0, 1.5)
     assert Event.from_dict(event.to_dict()) == event
+    told = replace(event, begun=1.25, retries=2)
+    assert Event.from_dict(told.to_wire()) == told
+
+
+def test_an_event_line_holds_what_the_contract_names() -> None:
+    line = Event(1.5, "a:1", "n", "sha256:x", "blob", "done", 3, 3, 1.0, 1.5).to_dict()
+    named = "time reference node id kind status current total started completed error"
+    assert list(line) == named.split()
+
+
+def test_retries_are_counted_when_it_is_asked_for_again() -> None:
+    near, far = Progress(node="n"), Progress(node="n")
+    for status in ("downloading", "retrying", "downloading", "retrying", "retrying", "downloading"):
+        near.record("r", "blob", "x", status)
+    assert near.events()[0].retries == 2
+    for event in near.events():
+        far.merge(Event.from_dict(event.to_wire()))
+    near.record("r", "blob", "x", "retrying")
+    near.record("r", "blob", "x", "failed")
+    assert near.events()[0].retries == 2, "given up is not asked for again"
+    # A frame that was overtaken takes nothing back.
+    (known,) = far.events()
+    far.merge(replace(known, retries=1, begun=0.0))
+    assert far.events()[0].retries == 2
+    assert far.events()[0].begun == known.begun > 0

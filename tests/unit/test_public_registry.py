@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import base64
+import json
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import trustme
 
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
-from stowray.pipeline.errors import NotFoundError, RegistryError, SizeMismatchError
+from stowray.pipeline.errors import (
+    NotFoundError,
+    RegistryError,
+    SizeMismatchError,
+    StowrayError,
+)
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.registry import Registry
 from stowray.pipeline.settings import RegistrySettings
@@ -36,9 +43,9 @@ class Public:
         self.tunnel = Tunnel(self.fake)
         self.opened: list[Registry] = []
 
-    def registry(self, *, foreign_urls: bool = False) -> Registry:
+    def registry(self, **settings: Any) -> Registry:
         made = Registry(
-            RegistrySettings(ca_file=self.ca_file, attempts=2, foreign_urls=foreign_urls),
+            RegistrySettings(ca_file=self.ca_file, attempts=2, **settings),
             environment={"HTTPS_PROXY": self.tunnel.url},
         )
         self.opened.append(made)
@@ -136,6 +143,29 @@ def test_a_layer_from_its_own_url_when_the_registry_has_none(public: Public) -> 
         "files.example",
     ]
     assert not public.fake.requests[-1].authenticated
+
+
+def test_a_layer_s_own_host_gets_no_login_not_even_when_it_asks_for_one(
+    public: Public, tmp_path: Path
+) -> None:
+    entry = {"auth": base64.b64encode(b"alice:hunter2hunter2").decode()}
+    logins = tmp_path / "auth.json"
+    hosts = ("registry.example", "files.example")
+    logins.write_text(json.dumps({"auths": dict.fromkeys(hosts, entry)}))
+    public.fake.auth = "basic"
+    public.fake.users = {"alice": "hunter2hunter2"}
+    public.fake.anonymous = False
+    asks = Fault(status=401, headers=(("WWW-Authenticate", 'Basic realm="files.example"'),))
+    public.fake.fault("/dir/layer", asks, repeat=True)
+    registry = public.registry(foreign_urls=True, authfile=str(logins))
+    registry.resolve(reference())
+    with pytest.raises(StowrayError):
+        registry.open_blob(reference(), foreign("https://files.example/dir/layer"))
+    told = {
+        host: any(r.authenticated for r in public.fake.requests if r.headers["Host"] == host)
+        for host in hosts
+    }
+    assert told == {"registry.example": True, "files.example": False}
 
 
 def test_a_layer_from_its_own_url_only_when_allowed(public: Public) -> None:

@@ -14,7 +14,7 @@ from stowray.pipeline.progress import Progress
 from stowray.pipeline.run_record import SAMPLES, Recorder, Run, RunRecord, Span
 
 SPAN = Span(
-    "host/a:1", "n1", "sha256:aa", "blob", "done", 10, 0.5, 2.0, "", ((1.0, 4, "downloading"),)
+    "host/a:1", "n1", "sha256:aa", "blob", "done", 10, 0.5, 2.0, "", ((1.0, 4, "downloading"),), 1
 )
 RESULT = {"seconds": {"total": 1.5}, "fetched_bytes": 10, "manifest_requests": 1}
 RECORD = RunRecord(
@@ -49,6 +49,12 @@ def test_the_form_is_msgpack_in_an_lz4_frame() -> None:
     assert made["format"] == "stowray-run"
     assert made["form"] == 1
     assert made["runs"][0]["spans"][0]["samples"] == [[1.0, 4, "downloading"]]
+
+
+def test_a_record_that_counts_no_retries_is_read() -> None:
+    made = document()
+    del made["runs"][0]["spans"][0]["retries"]
+    assert RunRecord.from_bytes(packed(made), "x").runs[0].spans[0].retries == 0
 
 
 @pytest.mark.parametrize(

@@ -9,10 +9,10 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 
 from stowray.pipeline.engine import LocalEngine, PullOptions
 from stowray.pipeline.progress import Progress
-from stowray.pipeline.run_record import Recorder, Run
+from stowray.pipeline.run_record import Recorder, Run, Span
 from stowray.pipeline.settings import Settings
 from stowray.pipeline.source import parse_source
-from stowray.spans import export, wanted
+from stowray.spans import QUEUE, export, wanted
 from tests.support.registry import FakeRegistry
 from tests.support.small import small_tar
 
@@ -72,6 +72,14 @@ def test_a_pull_is_a_span_with_its_parts_inside(tmp_path: Path) -> None:
         assert whole.start_time - 50_000_000 <= part.start_time <= part.end_time
     assert not lost.status.is_ok
     assert lost.attributes["error.type"] == "NotFoundError"
+
+
+def test_no_span_of_many_pulls_is_dropped() -> None:
+    part = Span("r", "n", "sha256:x", "blob", "done", 1, 0.0, 1.0)
+    runs = [Run("r", "pull", number, 0.0, 1.0, spans=(part,) * 30) for number in range(QUEUE // 10)]
+    exporter = InMemorySpanExporter()
+    export(runs, 0.0, environment={}, exporter=exporter)
+    assert len(exporter.get_finished_spans()) == 31 * len(runs) > QUEUE
 
 
 def test_the_command_exports_when_asked_and_never_fails_for_it(tmp_path: Path) -> None:

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from html.parser import HTMLParser
 
-from stowray.bench_html import bench_page
+import pytest
+
+from stowray.bench_html import bench_page, comparison_page
 from stowray.html_page import ticks
 from stowray.pipeline.run_record import Run, RunRecord, Span
+from stowray.text import seconds_text
 from stowray.trace_html import trace_page
 from stowray.trace_json import trace_document
 
@@ -125,6 +129,44 @@ def test_pages_load_and_run_nothing_whatever_a_record_says() -> None:
     for record in (RECORD, hostile_record(), replace(RECORD, runs=())):
         check(trace_page(record))
         check(bench_page(record))
+
+
+def test_pages_of_two_records_neither() -> None:
+    for first, second in ((RECORD, RECORD), (hostile_record(), hostile_record())):
+        check(comparison_page(first, second))
+    assert comparison_page(RECORD, replace(RECORD, runs=())) == ""
+
+
+def test_what_is_compared_stands_on_one_scale() -> None:
+    """Two registries of one benchmark: as far right means as many seconds."""
+    fast = replace(RECORD.runs[0], reference="host/fast:1", mode="cold")
+    slow = replace(
+        fast, reference="host/slow:1", result={**RESULT, "seconds": {"total": 40.0}}, process=None
+    )
+    shown = bench_page(replace(RECORD, runs=(fast, slow)))
+    axes = re.findall(r'<svg class="small".*?</svg>', shown, re.DOTALL)
+    marks = [re.findall(r'text-anchor="middle">([^<]+)<', axis) for axis in axes]
+    assert len(marks) == 2
+    assert marks[0] == marks[1]
+    assert "host/slow:1 to host/fast:1, cold" in shown
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0, "0.00 s"),
+        (0.0004, "0.4 ms"),
+        (0.00994, "9.9 ms"),
+        (0.00996, "10 ms"),
+        (0.0994, "99 ms"),
+        (0.0996, "0.10 s"),
+        (9.99, "9.99 s"),
+        (12.4, "12 s"),
+        (185, "3 min 05 s"),
+    ],
+)
+def test_durations_are_told_in_the_unit_that_suits_them(seconds: float, said: str) -> None:
+    assert seconds_text(seconds) == said
 
 
 def test_a_timeline_can_be_walked_with_the_keyboard_and_read_without_the_picture() -> None:
