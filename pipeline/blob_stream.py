@@ -51,12 +51,17 @@ class RegistryBlob:
         """Return how long its readers have waited for the host."""
         return self._response.seconds_waited
 
-    def decode_gzip(self, media_type: str) -> None:
-        """Undo a ``Content-Encoding: gzip`` that some proxy put round the blob.
+    def decode_gzip(self) -> None:
+        """Undo a ``Content-Encoding: gzip`` that some proxy put round the blob."""
+        import zlib
+
+        self._decoder = zlib.decompressobj(31)
+
+    def decode_if_encoded(self, media_type: str) -> None:
+        """Undo a ``Content-Encoding: gzip`` if its first bytes bear it out.
 
         Some claim it of a blob that is gzip itself (a layer), or that is not gzip at all: a body
-        whose first bytes are not those of a blob of ``media_type`` within an encoding is left as
-        it is.
+        that does not begin like a blob of ``media_type`` within an encoding is left as it is.
         """
         import zlib
 
@@ -76,9 +81,8 @@ class RegistryBlob:
                 break
         if head[: len(GZIP)] != GZIP:
             return
-        if media_type.endswith("gzip") and plain[: len(GZIP)] != GZIP:
-            return
-        self._decoder = zlib.decompressobj(31)
+        if not media_type.endswith("gzip") or plain[: len(GZIP)] == GZIP:
+            self.decode_gzip()
 
     def read(self, size: int = 1 << 18) -> bytes:
         """Return what has arrived, at most ``size`` bytes; none at the end."""
@@ -192,7 +196,10 @@ def whole_blob(response: Response, descriptor: Descriptor, source: str) -> Regis
             value = ", ".join(response.header_values("Content-Encoding"))
             shown = response.secrets.redact(value, 40)
             raise RegistryError(url, response.status, "ENCODING", f"Content-Encoding {shown!r}")
-        stream.decode_gzip(descriptor.media_type)
+        if length is None:
+            stream.decode_if_encoded(descriptor.media_type)
+        else:
+            stream.decode_gzip()
         return stream
     if length is not None and length != descriptor.size:
         raise SizeMismatchError(str(descriptor.digest), descriptor.size, length)
