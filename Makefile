@@ -86,16 +86,17 @@ format: setup  ## put the sources in form
 
 # The unit tests on all workers; then those on Ray clusters, one after the other, beside the others
 # with real parts, which share one registry: much of what the clusters' take is waiting for deadlines.
+# The second run takes some of the clusters' as well, so that both end at about the same time.
 # A test that fails is run again up to twice, and the closing line counts the reruns: hundreds of
 # processes, sockets and kills on a busy machine meet moments that no test can foresee.
 RERUNS ?= 2
-NAMESPACES := tests/real/test_prewarm_namespaces.py
+BESIDE := tests/cluster/test_drivers.py tests/cluster/test_two_jobs.py
 test: setup deps  ## every test
 	status=0; \
 	$(PYTEST) -n $(WORKERS) --reruns $(RERUNS) tests/unit $(PYTEST_ARGS) || status=$$?; \
 	parts=$$(mktemp); \
-	$(PYTEST) --reruns $(RERUNS) tests/real --ignore=$(NAMESPACES) $(PYTEST_ARGS) >$$parts 2>&1 & \
-	$(PYTEST) --reruns $(RERUNS) tests/cluster $(NAMESPACES) $(PYTEST_ARGS) || status=$$?; \
+	$(PYTEST) --reruns $(RERUNS) tests/real $(BESIDE) $(PYTEST_ARGS) >$$parts 2>&1 & \
+	$(PYTEST) --reruns $(RERUNS) tests/cluster $(BESIDE:%=--ignore=%) $(PYTEST_ARGS) || status=$$?; \
 	wait $$! || status=$$?; \
 	cat $$parts; rm -f $$parts; \
 	exit $$status

@@ -1,7 +1,8 @@
 """How a pull grows: with the size of a layer, layers, files, pulls at once, connections.
 
-    python -m bench.curves [--only size,layers,files,pulls,large-pulls,connections] [--runs 3]
-                           [--largest MIB] [--most-files N] [--workdir DIR] [--record FILE]
+    python -m bench.curves [--only size,layers,files,pulls,pulls-of-one,large-pulls,connections]
+                           [--runs 3] [--largest MIB] [--most-files N] [--workdir DIR]
+                           [--record FILE]
 
 Whole processes, cold stores in memory, a `docker-registry` on loopback; medians. The record is
 JSON, and a picture of each curve goes beside it.
@@ -72,9 +73,13 @@ class Bench:
             pusher.push(layout, made, f"curves/{name}", "1")
         shutil.rmtree(self.folder / "layout")
 
-    def pull(self, name: str, *options: str, host: str = "", store: str = "store") -> list[str]:
-        place = ["--store", str(self.folder / store)]
-        return [*PROGRAM, *place, *options, f"{host or self.host}/curves/{name}:1"]
+    def pull(self, name: str, *options: str, host: str = "") -> list[str]:
+        return self.pull_all([name], *options, host=host)
+
+    def pull_all(self, names: Iterable[str], *options: str, host: str = "") -> list[str]:
+        place = ["--store", str(self.folder / "store")]
+        images = (f"{host or self.host}/curves/{name}:1" for name in names)
+        return [*PROGRAM, *place, *options, *images]
 
     def measure(self, *commands: list[str], config: str = "") -> Row:
         """Median wall and CPU seconds of commands run side by side, and the largest peak."""
@@ -167,12 +172,17 @@ def pulls(bench: Bench, _: argparse.Namespace) -> list[Row]:
     return overlapping(bench, 128, 1500)
 
 
+def pulls_of_one(bench: Bench, _: argparse.Namespace) -> list[Row]:
+    """The same pulls, asked for in one command."""
+    return overlapping(bench, 128, 1500, in_one=True)
+
+
 def large_pulls(bench: Bench, _: argparse.Namespace) -> list[Row]:
     """Pulls of images as large as those that are worth sharing."""
     return overlapping(bench, 1024, 6000)
 
 
-def overlapping(bench: Bench, mebibytes: int, files: int) -> list[Row]:
+def overlapping(bench: Bench, mebibytes: int, files: int, *, in_one: bool = False) -> list[Row]:
     """Pulls into one store at once; each image shares layers with its neighbours and all others."""
     most = 8
 
@@ -186,7 +196,9 @@ def overlapping(bench: Bench, mebibytes: int, files: int) -> list[Row]:
     for count in (1, 2, 4, 8):
         bench.publish(f"union{count}", partial(made, 0, count))
         once = bench.measure(bench.pull(f"union{count}"))
-        row = bench.measure(*(bench.pull(f"overlap{number}") for number in range(count)))
+        names = [f"overlap{number}" for number in range(count)]
+        commands = [bench.pull_all(names)] if in_one else [bench.pull(name) for name in names]
+        row = bench.measure(*commands)
         rows.append(
             {"x": count, "y": row["seconds"] / once["seconds"], "union": once["seconds"]} | row
         )
@@ -214,6 +226,11 @@ CURVES: dict[str, tuple[Callable[[Bench, argparse.Namespace], list[Row]], str, s
     "layers": (layers, "layers of 20 small files", "seconds"),
     "files": (files, "files of 1 KiB in one layer", "microseconds per file"),
     "pulls": (pulls, "pulls at once into one store", "time / their union pulled once"),
+    "pulls-of-one": (
+        pulls_of_one,
+        "pulls at once by one command",
+        "time / their union pulled once",
+    ),
     "large-pulls": (
         large_pulls,
         "pulls at once into one store, of larger images",

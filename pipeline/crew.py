@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from weakref import WeakKeyDictionary
 
 from stowray.pipeline.run import Outcome
+from stowray.pipeline.turns import Turns
 from stowray.pipeline.workers import WorkerPool
 
 if TYPE_CHECKING:
@@ -79,8 +80,10 @@ class LocalCrew:
         self._settings = settings
         self._store = store
         self._workers = WorkerPool(settings.worker_count(), fork=fork_workers)
+        self._lock = threading.Lock()
         self._fetchers: ThreadPoolExecutor | None = None
         self._commits = Commits(settings, store, self._workers)
+        self._turns = Turns()
 
     def start_early(self) -> None:
         """Start the worker processes before they are needed, while that is cheap."""
@@ -95,14 +98,23 @@ class LocalCrew:
         cancelled: Callable[[], bool],
     ) -> Future[Outcome]:
         """Start one step; see :class:`Crew`."""
-        if step.kind == "fetch":
-            if self._fetchers is None:
-                slots = max(self._settings.registry.connections, self._workers.size)
-                self._fetchers = ThreadPoolExecutor(slots, thread_name_prefix="fetch")
-            return self._fetchers.submit(_fetch, fetcher, step, image, report, cancelled)
         if step.kind == "commit":
             return self._commits.submit(step, report, cancelled)
-        return self._stage(step, report, cancelled)
+        digest = str(step.descriptor.digest)
+        if step.kind == "fetch":
+            return self._turns.submit(
+                ("fetch", digest),
+                lambda tell: self._fetch(step, image, fetcher, tell, cancelled),
+                report,
+                cancelled,
+            )
+        report("layer", digest, "waiting", 0, step.descriptor.size)
+        return self._turns.submit(
+            ("stage", str(step.diff_id), digest),
+            lambda tell: self._stage(step, tell, cancelled),
+            report,
+            cancelled,
+        )
 
     def close(self) -> None:
         """End all threads and processes of the crew."""
@@ -110,9 +122,22 @@ class LocalCrew:
             self._fetchers.shutdown(wait=True, cancel_futures=True)
         self._workers.close()
 
+    def _fetch(
+        self,
+        step: Step,
+        image: Image,
+        fetcher: Fetcher,
+        report: Report,
+        cancelled: Callable[[], bool],
+    ) -> Future[Outcome]:
+        with self._lock:
+            if self._fetchers is None:
+                slots = max(self._settings.registry.connections, self._workers.size)
+                self._fetchers = ThreadPoolExecutor(slots, thread_name_prefix="fetch")
+        return self._fetchers.submit(_fetch, fetcher, step, image, report, cancelled)
+
     def _stage(self, step: Step, report: Report, cancelled: Callable[[], bool]) -> Future[Outcome]:
         layer, size = str(step.descriptor.digest), step.descriptor.size
-        report("layer", layer, "waiting", 0, size)
         inner = self._workers.submit(
             "stage",
             unpack_arguments(self._settings, self._store, step),

@@ -4,9 +4,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import os
 import re
+import threading
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,7 @@ import ray
 
 from stowray.actors import cluster, foreign
 from stowray.actors.embedded import embedded_ray, started_below
+from stowray.actors.follow import Follower
 from stowray.pipeline import errors
 from stowray.pipeline.errors import NodeError, StowrayError
 
@@ -125,6 +129,30 @@ def test_a_call_that_takes_too_long_is_left(ray_address: RayAddress) -> None:
     with pytest.raises(errors.DeadlineError):
         cluster.wait(call, "a task", seconds=0.4)
     ray.cancel(call, force=True)
+
+
+def test_who_follows_a_silent_actor_asks_ray_for_nothing_once_it_is_closed(
+    ray_address: RayAddress,
+) -> None:
+    asked = Path(ray_address.token_path or "").parent / "asked"
+
+    @ray.remote(num_cpus=0)
+    class Silent:
+        async def poll(self, run: str, version: int, seconds: float) -> None:
+            Path(run).touch()
+            await asyncio.sleep(600)
+
+        async def close(self, run: str) -> None:
+            return
+
+    actor = Silent.remote()
+    follower = Follower(actor, str(asked), lambda frame: None)
+    while not asked.exists():
+        time.sleep(0.01)
+    follower.close()
+    # Ray would end this process when the thread asked on after a shutdown.
+    assert "follow" not in {thread.name for thread in threading.enumerate()}
+    ray.kill(actor)
 
 
 def test_a_node_tells_what_it_has_without_our_package(ray_address: RayAddress) -> None:
