@@ -24,6 +24,7 @@ from stowray.pipeline.platform import Platform
 from stowray.pipeline.prewarm_survey import NodeSurvey
 from stowray.pipeline.resolve import document_digests
 from stowray.pipeline.serve import BlobServer, bearer
+from stowray.pipeline.serve_limits import RUN_LIMITS
 from stowray.pipeline.snapshot import Snapshots
 from stowray.pipeline.spread import Part
 from stowray.pipeline.spread_leases import Leases, stripe_key
@@ -62,6 +63,7 @@ class NodeRun:
             port=int(request["port"]),
             authorize=bearer(self.token),
             allowed=lambda digest: str(digest) in self._allowed,
+            limits=RUN_LIMITS,
         )
         try:
             self._server.start()
@@ -74,6 +76,7 @@ class NodeRun:
                 host=str(request["host"]),
                 authorize=bearer(self.token),
                 allowed=lambda digest: str(digest) in self._allowed,
+                limits=RUN_LIMITS,
             )
             self._server.start()
 

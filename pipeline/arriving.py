@@ -123,12 +123,27 @@ class Arriving:
         unlock(self.state.descriptor)
         return False
 
+    def gives(self, stripe: Stripe) -> bool:
+        """Tell whether bytes of such a stripe are given as they come.
+
+        Not by a node that takes the blob in one piece because its stripes proved wrong: who still
+        takes stripes may be who that one waits for.
+        """
+        if stripe.count == 1 or self.is_committed:
+            return True
+        shown = self._latest()
+        return shown is None or not shown.is_whole
+
     def pace(self, stripe: Stripe) -> float:
         """Return what the node expects of one source; see :meth:`StripeState.pace`."""
         shown = self._shown(stripe)
         return 0.0 if shown is None else shown.pace
 
     def _shown(self, stripe: Stripe) -> StripeState | None:
+        shown = self._latest()
+        return shown if shown is not None and shown.divides(stripe) else None
+
+    def _latest(self) -> StripeState | None:
         shown = self._stripes
         if shown is not None and shown.generation != self.generation:
             shown.close()
@@ -146,4 +161,4 @@ class Arriving:
                 shown.close()
                 return None
             self._stripes = shown
-        return shown if shown.divides(stripe) else None
+        return shown

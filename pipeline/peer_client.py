@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _HEAD_LIMIT: Final = 16 << 10
 _DOCUMENT_LIMIT: Final = 64 << 20
 _BUSY: Final = 503
+_WHOLE: Final = 409
 _GIVEN_UP: Final = 410
 _END: Final = b"\r\n\r\n"
 # A blob has to be read and hashed for it.
@@ -38,6 +39,14 @@ class BusyError(Exception):
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
         self.seconds = seconds
+
+
+class SilentError(NodeError):
+    """The peer did not answer in time: it may be dead, or busy."""
+
+
+class WholeError(Exception):
+    """The peer takes the blob in one piece now, and gives no stripes of it before it is proven."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +63,7 @@ class Have:
     """How far a peer is, and whom it reads from; see :meth:`SourceChoice.told`.
 
     ``fate`` is of the generation that was asked for (``fates``). ``given_up``: the blob will not
-    come, for its bytes prove wrong wherever the peer gets them from.
+    come, for its bytes prove wrong wherever the peer gets them from. ``whole``: see ``WholeError``.
     """
 
     have: int
@@ -62,6 +71,7 @@ class Have:
     generation: int
     complete: bool
     given_up: bool
+    whole: bool
     fate: str
     pace: float
 
@@ -69,7 +79,8 @@ class Have:
 class PeerStream:
     """The bytes of a stripe as a peer sends them; to be closed on every path.
 
-    Raises NodeError when the peer refuses or breaks off, BusyError when it is to be asked later.
+    Raises NodeError when the peer refuses or breaks off, BusyError when it is to be asked later,
+    WholeError when it is not to be asked for stripes any more.
     """
 
     def __init__(self, connection: socket.socket, address: str, length: int) -> None:
@@ -96,6 +107,8 @@ class PeerStream:
         status, headers = status_headers
         if status == _BUSY:
             raise BusyError(_number(headers.get("retry-after", "1"), self._address))
+        if status == _WHOLE:
+            raise WholeError
         if status == _GIVEN_UP:
             raise NodeError(self._address, "has given the blob up")
         if status != 200:
@@ -121,7 +134,7 @@ class PeerStream:
         until = time.monotonic() + seconds
         head = self._head(seconds)
         if head is None:
-            raise NodeError(self._address, f"does not answer within {seconds:g} s")
+            raise SilentError(self._address, f"does not answer within {seconds:g} s")
         status, headers = head
         if status != 200:
             raise NodeError(self._address, f"answered {status}")
@@ -133,7 +146,7 @@ class PeerStream:
         while at < len(body):
             count = self.read_into(body[at:], max(0.001, until - time.monotonic()))
             if count is None:
-                raise NodeError(self._address, f"no whole answer within {seconds:g} s")
+                raise SilentError(self._address, f"no whole answer within {seconds:g} s")
             at += count
         try:
             return json.loads(bytes(body))
@@ -220,6 +233,7 @@ class PeerClient:
                 int(told["generation"]),
                 bool(told["complete"]),
                 bool(told["given_up"]),
+                bool(told["whole"]),
                 str(told["fate"]),
                 float(told["pace"]),
             )
@@ -266,7 +280,7 @@ class PeerClient:
 
 def _broken(address: str, error: OSError | ValueError) -> NodeError:
     if isinstance(error, TimeoutError):
-        return NodeError(address, "does not answer")
+        return SilentError(address, "does not answer")
     number = error.errno if isinstance(error, OSError) else None
     return NodeError(address, os.strerror(number) if number else str(error))
 

@@ -86,7 +86,10 @@ class Listening:
     async def begin(self, listener: socket.socket) -> None:
         """Take connections of an already listening socket."""
         loop = asyncio.get_running_loop()
-        self._listener = await loop.create_server(self._connect, sock=listener)
+        # A whole run may call at once, and who finds no room here is told nothing for seconds.
+        self._listener = await loop.create_server(
+            self._connect, sock=listener, backlog=self._limits.connections
+        )
 
     async def end(self) -> None:
         """Hang up, and wait until no thread works for this server any more."""

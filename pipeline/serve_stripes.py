@@ -8,7 +8,8 @@
 Invariant: only digests of the run are spoken of. A request for a blob that has not begun is held,
 and one for bytes that are still to come holds neither a thread nor a place of anybody. When the
 bytes turn out to be void the connection is cut, which no client takes for the end; what became of
-them (``fates``) is told for as long as the server lives.
+them (``fates``) is told for as long as the server lives. A blob that comes in one piece, as its
+stripes proved wrong, gives no stripes before it is proven (409).
 """
 
 from __future__ import annotations
@@ -208,6 +209,8 @@ class StripeAnswers:
             stripe = Stripe(size, *division)
             if position > stripe.length:
                 raise RefusalError(416, "RANGE_INVALID", "the stripe is shorter")
+            if arriving is not None and not arriving.gives(stripe):
+                raise RefusalError(409, "BLOB_UNKNOWN", "the blob comes in one piece here")
             have = stripe.length if arriving is None else arriving.position(stripe)
             headers = {
                 **COMMON_HEADERS,
@@ -236,7 +239,7 @@ class StripeAnswers:
         position: int,
     ) -> None:
         while position < stripe.length:
-            if blob.arriving is not arriving or arriving.is_void:
+            if blob.arriving is not arriving or arriving.is_void or not arriving.gives(stripe):
                 cut(request)
             if blob.watch is None or (blob.watch.done() and not arriving.is_committed):
                 cut(request)  # nobody looks any more
@@ -306,14 +309,16 @@ class StripeAnswers:
                 look_at = now + _LIFE_SECONDS
                 if arriving.writer_lives():
                     alive_at = now
-            if arriving.is_void or now - alive_at > self._limits.grace_seconds:
+            is_left = arriving.is_given_up or now - alive_at > self._limits.grace_seconds
+            if arriving.is_void or is_left:
                 blob.arriving = None
                 blob.wake()
                 arriving.close()
                 continue
             pause = min(pause * 1.3, _LONGEST_PAUSE)
             for waiting in blob.waiting:
-                if arriving.position(waiting.stripe) > waiting.position:
+                stripe = waiting.stripe
+                if arriving.position(stripe) > waiting.position or not arriving.gives(stripe):
                     _wake(waiting.woken)
                     pause = _FIRST_PAUSE
 

@@ -17,9 +17,10 @@ ORIGIN: Final = ""
 class Patience:
     """For how long, in seconds, what is put up with.
 
-    A source is dead after ``silence`` without a byte and ``answer`` without an answer. It is slow
-    when it gives less than ``slow_fraction`` of the expected rate, or less than ``least_rate``
-    bytes per second, for ``slow``. One that waits for its own source is left after ``starved``.
+    A source is left after ``silence`` without a byte and ``answer`` without an answer; that may
+    only mean busy, and counts as failed when it has gone on for ``deaf``. It is slow when it gives
+    less than ``slow_fraction`` of the expected rate, or less than ``least_rate`` bytes per second,
+    for ``slow``. One that waits for its own source is left after ``starved``.
     Who failed is passed over for ``avoid``, twice as long each time. ``tries`` is how often the
     origin may fail without a byte in between. ``margin`` bytes are on their way or in buffers: two
     nodes that are equally far may seem to differ by so much.
@@ -32,6 +33,7 @@ class Patience:
     least_rate: float = 1024.0
     starved: float = 8.0
     avoid: float = 5.0
+    deaf: float = 8.0
     tries: int = 6
     margin: int = 16 << 20
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # Deeper than any tree, so that two nodes that wait for each other are not asked for ever.
 _HOP_LIMIT: Final = 24
-_FAILED, _SLOW, _STARVED = "failed", "slow", "starved"
+_FAILED, _SLOW, _STARVED, _SILENT = "failed", "slow", "starved", "silent"
 
 
 class SourceChoice:
@@ -136,6 +136,7 @@ class SourceChoice:
 
         One that is behind this node can only be waited for: another is better.
         """
+        self._standing.heard(self.source or ORIGIN)
         if self._promised and have <= self.position:
             return self._leave(now, _STARVED, "has lost it")
         if self.source in (ORIGIN, self._anew) or have + self._patience.margin >= self.position:
@@ -150,6 +151,7 @@ class SourceChoice:
             # The source has one again: how long it had none says nothing of its rate.
             self._turn_window(now)
         self._dry = False
+        self._standing.heard(self.source or ORIGIN)
         if further:
             self._suspect(now, patience.answer / 4)
         self.position += count
@@ -179,6 +181,12 @@ class SourceChoice:
             self._elsewhere = ()
         return self._next(now)
 
+    def turned_away(self, now: float) -> Action:
+        """Ask the present source no more: it gives others what this stripe is not for."""
+        self._sources = tuple(one for one in self._sources if one != self.source)
+        self._elsewhere = tuple(one for one in self._elsewhere if one != self.source)
+        return self._next(now)
+
     def held_up(self, now: float) -> None:
         """Take note that this node itself did not read for a while: nobody is to blame."""
         self._heard = now
@@ -187,6 +195,10 @@ class SourceChoice:
     def failed(self, now: float, reason: str) -> Action:
         """Pass over a source that refused, broke off, or is gone."""
         return self._leave(now, _FAILED, reason)
+
+    def unheard(self, now: float) -> Action:
+        """Pass over a source that does not answer, which may be alive and have no time."""
+        return self._leave(now, _SILENT, "does not answer")
 
     def busy(self, now: float, seconds: float) -> Action:
         """Pass over a source that has too many children, for ``seconds``."""
@@ -211,7 +223,7 @@ class SourceChoice:
             if now - self._asked < patience.answer:
                 return None
             if self._hop == self.source:
-                return self._leave(now, _FAILED, "does not answer")
+                return self.unheard(now)
             # Those who read from that one will notice; here it need not be tried first.
             self._suspect(now, patience.answer)
             return self._starve(now)
@@ -252,6 +264,7 @@ class SourceChoice:
             return None
         hop, below = self._hop, self._below
         if hop == self.source:
+            self._standing.heard(hop)
             self._source_pace = pace
         if self._promised and have <= self.position:
             return self._leave(now, _STARVED, "has lost it")
@@ -390,7 +403,8 @@ class SourceChoice:
     def _leave(self, now: float, kind: str, detail: str) -> Action:
         source = self.source
         if source is not None:
-            self.reports.append(Report(source, kind, self.position, detail))
+            told = _FAILED if kind == _SILENT else kind
+            self.reports.append(Report(source, told, self.position, detail))
         if source == ORIGIN:
             self._origin_failures += 1
             wait = self._patience.avoid * (1 << min(self._origin_failures - 1, 6))
@@ -398,6 +412,8 @@ class SourceChoice:
         elif source is not None:
             if kind == _STARVED:
                 self._standing.postpone(source, now + self._patience.avoid)
+            elif kind == _SILENT:
+                self._standing.silent(source, now, self._patience.deaf)
             else:
                 self._standing.strike(source, now, failed=kind == _FAILED)
         return self._next(now)

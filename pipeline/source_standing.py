@@ -1,7 +1,9 @@
 """What one node holds of its sources, and what it expects of one.
 
 Invariant: who gave wrong bytes is never asked again in this run; who failed or was slow is passed
-over for a time, and its strikes are forgotten when it gives right bytes.
+over for a time, and its strikes are forgotten when it gives right bytes. That many streams find out
+the same at once is one lapse. Who is only silent has not failed yet: it may be alive and busy, and
+what it has need not be read again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ class Standing:
         self._avoid = avoid_seconds
         self._failed: set[str] = set()
         self._slow: set[str] = set()
+        self._silent_since: dict[str, float] = {}
         self._strikes: dict[str, int] = {}
+        self._lapses: dict[str, int] = {}
         self._until: dict[str, float] = {}
         self._busy: dict[str, float] = {}
         self._banned: set[str] = set()
@@ -32,9 +36,25 @@ class Standing:
         It ``failed``, or it is slow.
         """
         (self._failed if failed else self._slow).add(source)
-        strikes = self._strikes.get(source, 0)
-        self._strikes[source] = strikes + 1
-        self._until[source] = now + self._avoid * (1 << min(strikes, 6))
+        self._pass_over(source, now)
+
+    def silent(self, source: str, now: float, deaf_seconds: float) -> None:
+        """Pass over a source that does not answer; that failed when it did so for too long."""
+        if now - self._silent_since.setdefault(source, now) >= deaf_seconds:
+            self._failed.add(source)
+        self._pass_over(source, now)
+
+    def heard(self, source: str) -> None:
+        """Take note that ``source`` has answered or sent something."""
+        if self._silent_since:
+            self._silent_since.pop(source, None)
+
+    def _pass_over(self, source: str, now: float) -> None:
+        self._strikes[source] = self._strikes.get(source, 0) + 1
+        if now >= self._until.get(source, 0.0):
+            lapses = self._lapses.get(source, 0)
+            self._lapses[source] = lapses + 1
+            self._until[source] = now + self._avoid * (1 << min(lapses, 6))
 
     def postpone(self, source: str, until: float) -> None:
         """Pass ``source`` over until then: it is busy, or waits itself."""
@@ -45,6 +65,7 @@ class Standing:
         """Forget the strikes of a source that gave right bytes."""
         if self._strikes:
             self._strikes.pop(source, None)
+            self._lapses.pop(source, None)
             self._failed.discard(source)
             self._slow.discard(source)
 

@@ -6,7 +6,10 @@ right ones and sent others (``find_liar``); which bytes were wrong is known from
 this node's own proven copy, byte for byte. Until then, whoever may have sent them is left alone.
 
 A blob that proves wrong is not thrown away: a node that has proven it tells the digests of its
-pieces, and only those that differ come again. Where nobody has, see ``spread_repair``.
+pieces, and only those that differ come again. Where nobody has, see ``spread_repair``; and if it
+came in stripes, nodes that each had others of them would wait for each other's second try. So each
+of them takes it in one piece then, along one tree: who is first reads it alone from the origin, and
+what comes of that is the verdict for all below.
 """
 
 from __future__ import annotations
@@ -123,6 +126,8 @@ class Inquiry:
                 for giver, claim in claims
                 if giver != ORIGIN and not claim.complete
             }
+        if wrong is None and not is_resumed and not any(claim.complete for _, claim in claims):
+            self._take_whole()
         if job.ingest.wrong_data >= 0:
             job.repair = Repair(job.ingest, guesses=wrong is None)
             if wrong is not None:
@@ -163,6 +168,15 @@ class Inquiry:
         for index in range(count):
             with suppress(*OWNER_ERRORS):
                 shared.leases.lost(stripe_key(self._job.digest, index, count))
+
+    def _take_whole(self) -> None:
+        """Let a blob in stripes come in one piece: the origin is the most likely to be wrong."""
+        job = self._job
+        if job.shown.count > 1:
+            job.is_whole = True
+            if not self._origin_wrong:
+                self._origin_wrong = 1
+                job.prefer_home()
 
     def _note_origin(self, error: DigestMismatchError) -> None:
         job = self._job

@@ -8,6 +8,7 @@ byte from the next one. One writer per blob, and nothing is committed before its
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
@@ -24,6 +25,8 @@ from stowray.pipeline.spread_claims import VoidError
 from stowray.pipeline.spread_job import Job
 from stowray.pipeline.spread_shared import Shared
 from stowray.pipeline.spread_stream import StripeStream
+from stowray.pipeline.stripe_state import WHOLE
+from stowray.pipeline.stripes import Stripe
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -190,9 +193,17 @@ class _Bringing:
                 self._ingest.commit()
             except DigestMismatchError as error:
                 inquiry.open(streams, error)
+                if self.job.is_whole:
+                    self._take_whole()
             else:
                 inquiry.close(points)
                 return
+
+    def _take_whole(self) -> None:
+        """Take the blob in one piece from now on, along the tree of its first stripe."""
+        if len(self._portions) > 1:
+            self._portions = [replace(self._portions[0], stripe=Stripe(self._ingest.size))]
+            self.job.shown = self._ingest.show_stripes(1, WHOLE)
 
     def _receive(self, inquiry: Inquiry) -> list[StripeStream]:
         """Receive all bytes of one generation."""

@@ -49,6 +49,8 @@ class Job:
         self.suspects: set[tuple[str, int]] = set()
         # These give nothing more: the origin has sent them wrong bytes again and again.
         self.given_up_by: set[str] = set()
+        # The stripes proved wrong and nobody had proven them: it comes in one piece now.
+        self.is_whole = False
         # What of an earlier generation's bytes is used again.
         self.repair: Repair | None = None
         # What the origin said when it was meant: nothing more is to be had there.

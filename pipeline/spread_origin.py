@@ -15,7 +15,6 @@ from stowray.pipeline.copying import BUFFER_SIZE, reader
 from stowray.pipeline.errors import CancelledError, ContentError, UnavailableError
 from stowray.pipeline.fetch import SOURCE_ERRORS, blame
 from stowray.pipeline.lane_choice import Ranged
-from stowray.pipeline.origin_leases import Later
 from stowray.pipeline.source_actions import ORIGIN
 from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.values import dataclass
@@ -27,10 +26,11 @@ if TYPE_CHECKING:
     from stowray.pipeline.origin import BlobStream
     from stowray.pipeline.source_actions import Action
     from stowray.pipeline.spread_job import Job
+    from stowray.pipeline.spread_permits import Permit
     from stowray.pipeline.spread_stream import StripeStream
 
 RENEW_SECONDS: Final = 1.0
-# After the owner of the permits did not answer, and when a lease ended in their line.
+# When a lease ended in the line for a permit.
 _PERMIT_SECONDS: Final = 0.5
 _TOO_MANY: Final = 429
 _TOO_MANY_SECONDS: Final = 5.0
@@ -47,7 +47,7 @@ class Lease:
     end: int
     until: float
     renewed: float = 0.0
-    has_permit: bool = False
+    permit: Permit | None = None
 
     def is_lost(self, now: float) -> bool:
         """Tell whether others may read it by now."""
@@ -61,6 +61,7 @@ class OriginReader:
         self._job = job
         self._stream = stream
         self._leases = job.shared.leases
+        self._permits = job.shared.permits
         self._places = list(job.places)
         self.failures = 0  # how often in a row it was left
         # Renewals come from another thread: none may reach the owner after what it renews ended.
@@ -80,8 +81,7 @@ class OriginReader:
         finally:
             with self._renewing:
                 stream.lease = None
-            with suppress(*OWNER_ERRORS):
-                self._leases.give_back(stream.key)
+            self._give_back(lease)
             with suppress(*OWNER_ERRORS):
                 self._leases.progress(stream.key, choice.position)
                 self._leases.release(stream.key)
@@ -105,30 +105,27 @@ class OriginReader:
                 length = stream.stripe.length
                 seconds = self._leases.declare(stream.key, length, position, lease.end)
             lease.until = now + seconds
-            if seconds and lease.has_permit:
-                self._leases.permit(stream.key)
+            if seconds and lease.permit is not None:
+                self._permits.renew(lease.permit)
 
     # -- permits ----------------------------------------------------------------------------------
 
     def _get_permit(self, lease: Lease) -> bool:
         """Wait for a connection; False when the lease ends before."""
-        while not lease.is_lost(self._job.now()):
-            self._job.check()
-            pause = _PERMIT_SECONDS
-            with suppress(*OWNER_ERRORS):
-                answer = self._leases.permit(self._stream.key)
-                if not isinstance(answer, Later):
-                    lease.has_permit = True
-                    return True
-                pause = answer.seconds
-            self._job.wait(pause)
-        return False
+        job = self._job
+
+        def is_over() -> bool:
+            job.check()
+            return lease.is_lost(job.now())
+
+        lease.permit = self._permits.get(self._stream.key, is_over)
+        return lease.permit is not None
 
     def _give_back(self, lease: Lease) -> None:
         with self._renewing:
-            lease.has_permit = False
-        with suppress(*OWNER_ERRORS):
-            self._leases.give_back(self._stream.key)
+            permit, lease.permit = lease.permit, None
+        if permit is not None:
+            self._permits.give_back(permit)
 
     # -- exchanges --------------------------------------------------------------------------------
 
@@ -143,7 +140,7 @@ class OriginReader:
                 if action is not None or choice.done:
                     return action
                 continue
-            if not lease.has_permit and not self._get_permit(lease):
+            if lease.permit is None and not self._get_permit(lease):
                 break
             before = choice.position
             try:
@@ -171,13 +168,18 @@ class OriginReader:
         return choice.lease_lost(job.now())
 
     def _exchange(self, lease: Lease, start: int, end: int) -> Action | None:
-        """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request."""
+        """Read ``start`` to ``end`` of the blob, perhaps less of it, with one request.
+
+        A host that knows no ranges sends the rest of the blob anyway: the stripe's later parts are
+        taken from it as well, else each would cost the blob from its start.
+        """
         job, stream = self._job, self._stream
 
         def is_over() -> bool:
             return job.is_over() or lease.is_lost(job.now())
 
-        with self._open(start, end, is_over) as answer:
+        answer, goes_on = self._open(start, end, is_over)
+        with answer:
             read_into = reader(answer)
             at = answer.offset
             if at > start:
@@ -199,19 +201,33 @@ class OriginReader:
                 at += count
                 if stream.choice.done or lease.is_lost(job.now()):
                     return action
+                if at == end and goes_on and action is None:
+                    start, end = self._next_gap(lease) or (start, end)
             # Past the end of the body's framing, so that the connection is free again. Whether
             # what came is the blob is for its digest to tell.
             with suppress(UnavailableError):
                 read_into(buffer[:1])
             return action
 
-    def _open(self, start: int, end: int, is_over: Callable[[], bool]) -> BlobStream:
+    def _next_gap(self, lease: Lease) -> tuple[int, int] | None:
+        """Return what comes next in the stripe if it is not here; None at the lease's end."""
+        stream = self._stream
+        position = stream.choice.position
+        if position >= lease.end:
+            return None
+        start, end = next(stream.stripe.ranges(position, lease.end))
+        gap = self._job.ingest.gap(start, end)
+        return gap if gap is not None and gap[0] == start else None
+
+    def _open(self, start: int, end: int, is_over: Callable[[], bool]) -> tuple[BlobStream, bool]:
+        """Return an answer, and whether it goes on behind ``end``."""
         place, work = self._places[0], self._job.work
         if end < work.descriptor.size and isinstance(place, Ranged):
             part = place.open_range(work.reference, work.descriptor, start, end, is_over)
             if part is not None:
-                return part
-        return place.open_blob(work.reference, work.descriptor, start, cancelled=is_over)
+                return part, False
+        blob = place.open_blob(work.reference, work.descriptor, start, cancelled=is_over)
+        return blob, end < work.descriptor.size
 
     def _blame(self, error: StowrayError) -> None:
         """Take note of an exchange that failed, and put the next place first."""

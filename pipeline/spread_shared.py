@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.errors import DeadlineError, NodeError
 from stowray.pipeline.source_standing import Pace, Standing
+from stowray.pipeline.spread_permits import Permits
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
@@ -111,6 +112,7 @@ class Shared:
     ) -> None:
         self.node = node
         self.leases = leases
+        self.permits = Permits(leases, clock)
         self.client = client
         self.patience = patience
         self.clock = clock

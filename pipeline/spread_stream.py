@@ -15,7 +15,7 @@ from stowray.pipeline.copying import BUFFER_SIZE
 from stowray.pipeline.errors import DigestMismatchError, NodeError, StowrayError
 from stowray.pipeline.fates import ABANDONED, WRONG
 from stowray.pipeline.origin_leases import Elsewhere, Granted
-from stowray.pipeline.peer_client import BusyError
+from stowray.pipeline.peer_client import BusyError, SilentError, WholeError
 from stowray.pipeline.source_actions import (
     ORIGIN,
     Action,
@@ -74,6 +74,7 @@ class StripeStream:
         # Where each source began, and what it said of its bytes.
         self._spans: list[tuple[int, str | None, Claim]] = []
         self._claim = NO_CLAIM  # of the present source
+        self._turned_away: set[str] = set()
         self._unheard_since: float | None = None
 
     # -- what others want to know -----------------------------------------------------------------
@@ -251,9 +252,16 @@ class StripeStream:
                 return self._take_from(stream, source)
         except BusyError as busy:
             return choice.busy(job.now(), busy.seconds)
+        except WholeError:
+            return self._turn_away(source)
         except NodeError as error:
             job.retry()
             return self._go_on_without(source, address, error)
+
+    def _turn_away(self, source: str) -> Action:
+        """Go on without ``source``, which waits until the blob is proven: perhaps for this node."""
+        self._turned_away.add(source)
+        return self.choice.turned_away(self._job.now())
 
     def _go_on_without(self, source: str, address: str, error: NodeError) -> Action:
         """Go on when ``source`` refused or broke off: it may have found its own bytes wrong."""
@@ -261,10 +269,14 @@ class StripeStream:
         claim = self._claim
         try:
             told = self._shared.client.have(address, job.digest, self.stripe, claim.generation)
+        except SilentError:
+            return choice.unheard(job.now())
         except NodeError:
             return choice.failed(job.now(), error.reason)
         is_void = not claim.complete and told.fate in (WRONG, ABANDONED)
         is_given_up = told.given_up or told.fate == ABANDONED
+        if told.whole:
+            return self._turn_away(source)
         if not is_void and not is_given_up:
             return choice.failed(job.now(), error.reason)
         if is_given_up:
@@ -332,7 +344,7 @@ class StripeStream:
             return True
         if (source, generation) not in job.suspects:
             return False
-        if job.now() - self._fed_at >= self._shared.patience.starved:
+        if not job.is_whole and job.now() - self._fed_at >= self._shared.patience.starved:
             # It may wait for this node in turn, and neither will ever prove what it has.
             job.distrusted.add(source)
         return True
@@ -357,7 +369,7 @@ class StripeStream:
                 self.key,
                 self.stripe.length,
                 wish.position,
-                failed=tuple({*wish.failed, *job.distrusted}),
+                failed=tuple({*wish.failed, *job.distrusted, *self._turned_away}),
                 slow=wish.slow,
             )
         except OWNER_ERRORS as error:

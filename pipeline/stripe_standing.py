@@ -27,6 +27,7 @@ NOTHING: Final[dict[str, object]] = {
     "generation": 0,
     "complete": False,
     "given_up": False,
+    "whole": False,
     "fate": UNKNOWN,
     "pace": 0.0,
 }
@@ -40,9 +41,10 @@ def open_begun(store: Store, digest: Digest) -> Arriving | int | str | None:
         except NotFoundError:
             arriving = Arriving.open(store, digest)
         if arriving is not None:
-            if arriving.writer_lives() and not arriving.is_committed:
-                return arriving
+            # Its writer may still be about to leave.
             is_given_up = arriving.is_given_up
+            if not is_given_up and arriving.writer_lives() and not arriving.is_committed:
+                return arriving
             arriving.close()
             if is_given_up:
                 return GIVEN_UP
@@ -92,5 +94,6 @@ def standing_of(
         "generation": arriving.generation,
         "complete": arriving.is_committed,
         "given_up": False,
+        "whole": not arriving.gives(stripe),
         "fate": arriving.fate(generation),
     }

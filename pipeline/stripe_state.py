@@ -6,7 +6,8 @@ generation or divides the blob in another way. A position counts only together w
 and a name only with its check sum, so that a value caught in the middle of its change is not used.
 
 The file stands beside an ingest's ``state``, and only while a blob comes in stripes: see there for
-why it is mapped by readers and written by the writer.
+why it is mapped by readers and written by the writer. A single stripe of the unit ``WHOLE`` tells
+that the blob came in stripes and proved wrong, and now comes in one piece.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _NAME_LIMIT: Final = _RECORD - _POSITION.size - _NAME.size
 _LOOKING: Final = 0xFFFFFFFF
 _TORN_LIMIT: Final = 100
 STRIPE_LIMIT: Final = 4096
+WHOLE: Final = 0
 
 
 class StripeState:
@@ -111,6 +113,11 @@ class StripeState:
         """Tell whether the positions are of stripes like this one."""
         # The unit of a blob in one piece means nothing.
         return self.count == stripe.count and (self.count == 1 or self.unit == stripe.unit)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether the blob came in stripes before, and comes in one piece now."""
+        return self.count == 1 and self.unit == WHOLE
 
     def position(self, index: int) -> int:
         """Return how many bytes of a stripe can be read."""

@@ -754,6 +754,33 @@ def test_too_many_connections_are_told_so(store: Store) -> None:
         connection.close()
 
 
+def test_a_crowd_that_calls_at_once_gets_through_to_a_server_that_is_busy(store: Store) -> None:
+    gate, busy = threading.Event(), threading.Event()
+
+    def stand_still(_: Served) -> None:
+        busy.set()
+        gate.wait(60)
+
+    with (
+        BlobServer(store, limits=ServeLimits(connections=400), report=stand_still) as server,
+        contextlib.ExitStack() as stack,
+    ):
+        stack.callback(gate.set)
+        first = stack.enter_context(dial(server))
+        first.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert busy.wait(60)
+        # Nobody accepts now. Of those for whom there is no room the kernel drops the first packet.
+        crowd = [stack.enter_context(socket.socket()) for _ in range(300)]
+        for one in crowd:
+            one.settimeout(60)
+            one.connect(split(server.address))
+            assert one.getpeername()
+        gate.set()
+        for one in crowd:
+            one.sendall(b"GET /v2/ HTTP/1.1\r\nHost: x\r\n\r\n")
+        assert all(one.recv(1000).startswith(b"HTTP/1.1 200 ") for one in crowd)
+
+
 def test_a_silent_connection_is_ended(store: Store) -> None:
     with BlobServer(store, limits=ServeLimits(header_seconds=0.1)) as server:
         with dial(server) as connection:

@@ -462,6 +462,67 @@ def test_strikes_lengthen_and_are_forgiven() -> None:
     assert standing.usable_from("a") == 35.0
 
 
+def test_many_streams_that_find_out_the_same_at_once_are_one_lapse() -> None:
+    standing = Standing(5.0)
+    for _ in range(50):
+        standing.strike("a", 1.0, failed=True)
+        standing.silent("b", 1.0, 8.0)
+    assert (standing.usable_from("a"), standing.usable_from("b")) == (6.0, 6.0)
+    standing.strike("a", 6.0)
+    assert standing.usable_from("a") == 16.0
+    assert standing.strikes("a") > standing.strikes("c")
+
+
+def test_who_is_silent_for_a_moment_is_not_said_to_have_failed() -> None:
+    """Else what a busy node has would be read once more from the origin."""
+    one = choice("parent")
+    action = one.begin(0.0)
+    now, asked = 0.0, []
+    while not asked or not asked[-1].failed:
+        while not isinstance(action, AskLease):
+            now += 0.25
+            action = one.tick(now, RATE)
+        asked.append(action)
+        # The owner of the leases says that this node has it.
+        action = one.elsewhere(now, ("parent",), SIZE, 10.0, reading=False)
+        assert isinstance(action, Fetch | Pause)
+        assert now < 60.0
+    assert len(asked) > 1
+    assert now >= PATIENCE.deaf
+    assert all(wish.slow == () for wish in asked)
+
+
+@pytest.mark.parametrize("how", ["bytes", "an answer", "a head"])
+def test_who_was_heard_meanwhile_is_silent_anew(how: str) -> None:
+    standing = Standing(5.0)
+    one = SourceChoice(["parent"], SIZE, standing, PATIENCE)
+    one.begin(0.0)
+    assert one.unheard(1.0) == AskLease(0)
+    assert one.elsewhere(7.0, ("parent",), SIZE, 10.0, reading=True) == Fetch("parent", 0)
+    if how == "bytes":
+        one.received(10, 9.5)
+    elif how == "a head":
+        one.started(9.5, 0)
+    else:
+        assert one.tick(9.4, RATE) == Probe("parent")
+        assert one.told(9.5, 0, ORIGIN) is None
+    one.unheard(10.0)
+    assert not standing.has_failed("parent")
+    one.elsewhere(20.0, ("parent",), SIZE, 10.0, reading=True)
+    one.unheard(20.0)
+    assert standing.has_failed("parent")
+
+
+def test_a_source_that_turned_this_stripe_away_is_asked_no_more() -> None:
+    one = choice("parent", "sibling")
+    one.begin(0.0)
+    assert one.turned_away(1.0) == Fetch("sibling", 0)
+    assert one.failed(2.0, "gone") == AskLease(0, ("sibling",))
+    one.elsewhere(2.0, ("holder",), SIZE, 10.0, reading=True)
+    assert one.turned_away(3.0) == AskLease(0, ("sibling",))
+    assert [(report.source, report.kind) for report in one.reports] == [("sibling", "failed")]
+
+
 @given(
     events=st.lists(
         st.tuples(

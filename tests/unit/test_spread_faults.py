@@ -12,7 +12,7 @@ from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import DigestMismatchError, NodeError
 from stowray.pipeline.fates import ABANDONED, GROWING, WRONG
 from stowray.pipeline.peer_client import PeerClient
-from stowray.pipeline.source_actions import Patience
+from stowray.pipeline.source_actions import ORIGIN, Patience
 from stowray.pipeline.stripes import Stripe
 from tests.support import stores
 from tests.support.registry import Fault, incompressible
@@ -365,6 +365,48 @@ def test_an_origin_that_has_wrong_bytes_only_fails_all(workspace: Path, count: i
         if count == 1:
             # The root twice, and so often that the others can believe it.
             assert len(cluster.asked(digest)) <= 5
+
+
+def test_nodes_that_need_each_other_s_stripes_agree_soon_that_the_origin_is_wrong(
+    workspace: Path,
+) -> None:
+    """Each is the root of a stripe: whoever tries again waits for none that still tries first."""
+    with Cluster(workspace, patience=PATIENT) as cluster:
+        digest = cluster.add(incompressible(LARGE))
+        cluster.origin.fault(f"/blobs/{digest}", Fault(corrupt=7), repeat=True)
+        _arrange_many_roots(cluster, digest, 4)
+        for future in cluster.begin(digest).values():
+            with pytest.raises(DigestMismatchError):
+                future.result(timeout=120)
+        # The stripes once; two that read all of it alone are believed. What else is asked for are
+        # rests of stripes whose source had begun again.
+        whole = [(start, end) for start, end in cluster.asked(digest) if end - start == LARGE]
+        assert 2 <= len(whole) <= 3
+
+
+def test_nodes_that_need_each_other_s_stripes_get_what_is_right_the_second_time(
+    workspace: Path,
+) -> None:
+    with Cluster(workspace, patience=PATIENT) as cluster:
+        digest = cluster.add(incompressible(LARGE))
+        cluster.origin.fault(f"/blobs/{digest}", Fault(corrupt=7))
+        _arrange_many_roots(cluster, digest, 4)
+        fetched = cluster.fetch(digest)
+        cluster.check(digest)
+        assert all(lying(one) <= {ORIGIN} for one in fetched.values())
+
+
+def _arrange_many_roots(cluster: Cluster, digest: str, count: int) -> None:
+    """Let each node be the root of one stripe, and the second, third or last of the others."""
+    names = list(cluster.nodes)
+    stripes = [Stripe(LARGE, index, count, UNIT) for index in range(count)]
+    for place, name in enumerate(names):
+        sources = {}
+        for stripe in stripes:
+            rank = (place - stripe.index) % len(names)
+            before = [names[(stripe.index + above) % len(names)] for above in range(rank)]
+            sources[stripe] = tuple(reversed(before))
+        cluster.nodes[name].join(cluster.part(name, digest, sources))
 
 
 @pytest.mark.parametrize("count", [1, 2])

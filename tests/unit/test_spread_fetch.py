@@ -218,6 +218,18 @@ def test_the_origin_breaking_off_is_gone_on_with_at_the_same_byte(cluster: Clust
     assert second[1] == SIZE
 
 
+def test_an_origin_without_ranges_sends_the_blob_once_per_stripe(cluster: Cluster) -> None:
+    """Not once for each part of a stripe: those lie far apart, and there are many."""
+    digest = cluster.add(incompressible(SIZE))
+    cluster.origin.fault(f"/blobs/{digest}", Fault(ignore_range=True), repeat=True)
+    cluster.arrange(digest, stripes(SIZE, 2), n1=("n0",), n2=("n0", "n1"), n3=("n1",))
+    fetched = cluster.fetch(digest)
+    cluster.check(digest)
+    # Whether it knows ranges has to be asked; each of the two then comes up to its end.
+    assert len(cluster.asked(digest)) <= 4
+    assert fetched["n0"].fetched_bytes <= 2 * SIZE
+
+
 def test_after_the_first_copy_the_origin_may_be_gone(cluster: Cluster) -> None:
     digest = cluster.add(incompressible(SIZE))
     cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",), n2=("n1", "n0"), n3=("n2", "n1"))
