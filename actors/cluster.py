@@ -21,7 +21,7 @@ import ray.exceptions
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from stowray.actors.processes import Process
-from stowray.actors.session import PROTOCOL
+from stowray.actors.session_state import PROTOCOL
 from stowray.pipeline.errors import (
     CancelledError,
     DeadlineError,

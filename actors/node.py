@@ -25,7 +25,7 @@ from stowray.actors.member_watch import MemberWatch
 from stowray.actors.node_run import NodeRun
 from stowray.actors.pool import Pool
 from stowray.actors.processes import Process
-from stowray.actors.session import PROTOCOL
+from stowray.actors.session_state import PROTOCOL
 from stowray.actors.spread_fetchers import lease_client
 from stowray.actors.tasks import Tasks
 from stowray.actors.ways import Ways

@@ -1,8 +1,7 @@
 """A warm Ray of one's own that outlives a command: started, found, described and ended.
 
-Invariant: the state file says which processes belong to the session, each with its start time, boot
-and pid namespace; only those are ever signalled, and a file that speaks of processes which are gone
-counts as no session. Nothing here imports Ray: whether a session is warm is asked by every command.
+Invariant: only processes that the state file names, with their start time, boot and pid namespace,
+are ever signalled.
 """
 
 from __future__ import annotations
@@ -10,28 +9,32 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import select
 import signal
 import socket
-import stat
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import stowray
 from stowray.actors import processes, scratch
 from stowray.actors.processes import Process
-from stowray.pipeline.clock import Boot
+from stowray.actors.session_state import (
+    Session,
+    SessionStatus,
+    file_of,
+    find_session,
+    is_private,
+    state_folder,
+    state_path,
+)
 from stowray.pipeline.errors import (
     DeadlineError,
     NodeError,
     StorageError,
     from_wire,
 )
-from stowray.pipeline.files import read_regular, replace_file, translated
+from stowray.pipeline.files import translated
 from stowray.pipeline.locks import locked
 
 if TYPE_CHECKING:
@@ -40,173 +43,11 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.settings import Settings
 
-# Raised whenever what travels between a program and a session's actors changes its meaning.
-PROTOCOL = 3
-FORMAT = 1
-STATE_LIMIT = 1 << 20
 START_SECONDS = 60.0
 STOP_SECONDS = 10.0
 # A session that nobody uses must not hold its memory for ever.
 IDLE_SECONDS = 8 * 3600.0
 CONNECT_SECONDS = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class Session:
-    """What the state file says; ``host`` is the process that holds all others.
-
-    ``door`` is the path of the socket on which it takes calls for its crew.
-    """
-
-    address: str
-    token_path: str
-    directory: str
-    door: str
-    version: str
-    protocol: int
-    python: str
-    boot_id: str
-    pid_namespace: str
-    created: float
-    host: Process
-    processes: tuple[Process, ...]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state file's object; the token itself is not in it."""
-        return {
-            "format": FORMAT,
-            "address": self.address,
-            "token_path": self.token_path,
-            "directory": self.directory,
-            "door": self.door,
-            "version": self.version,
-            "protocol": self.protocol,
-            "python": self.python,
-            "boot_id": self.boot_id,
-            "pid_namespace": self.pid_namespace,
-            "created": self.created,
-            "host": self.host.to_dict(),
-            "processes": [process.to_dict() for process in self.processes],
-        }
-
-    @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Session:
-        """Return the session that :meth:`to_dict` described; ValueError, KeyError, TypeError."""
-        if data["format"] != FORMAT:
-            raise ValueError(f"format {data['format']}")
-        return cls(
-            address=str(data["address"]),
-            token_path=str(data["token_path"]),
-            directory=str(data["directory"]),
-            door=str(data.get("door", "")),
-            version=str(data["version"]),
-            protocol=int(data["protocol"]),
-            python=str(data["python"]),
-            boot_id=str(data["boot_id"]),
-            pid_namespace=str(data["pid_namespace"]),
-            created=float(data["created"]),
-            host=Process.from_dict(data["host"]),
-            processes=tuple(Process.from_dict(entry) for entry in data["processes"]),
-        )
-
-    @property
-    def is_alive(self) -> bool:
-        """Return whether the process that holds the session runs, here and in this boot."""
-        return self.is_of_this_boot and self.host.is_alive
-
-    @property
-    def is_of_this_boot(self) -> bool:
-        """Return whether the recorded process numbers mean anything to this process."""
-        return (
-            self.boot_id == Boot.read().boot_id and self.pid_namespace == processes.pid_namespace()
-        )
-
-    @property
-    def fits(self) -> bool:
-        """Return whether this program and the session's actors are of one make."""
-        return (
-            self.version == stowray.__version__
-            and self.protocol == PROTOCOL
-            and self.python == sys.executable
-        )
-
-
-@dataclass(frozen=True, slots=True)
-class SessionStatus:
-    """``dead`` means that a state file speaks of a session that has ended without saying so."""
-
-    state: Literal["running", "dead", "none"]
-    detail: str
-    session: Session | None = None
-
-    @property
-    def running(self) -> bool:
-        """Return whether there is a session that answers."""
-        return self.state == "running"
-
-    def sentence(self) -> str:
-        """Return the state for a human."""
-        word = {"running": "a session runs", "dead": "the session is dead", "none": "no session"}
-        return f"{word[self.state]}: {self.detail}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the answer of ``session status`` as plain data."""
-        session = self.session
-        return {
-            "state": self.state,
-            "detail": self.detail,
-            "address": session.address if session else None,
-            "pid": session.host.pid if session else None,
-            "version": session.version if session else None,
-            "created": session.created if session else None,
-        }
-
-
-def state_folder() -> Path:
-    """Return this user's folder for the session's state file.
-
-    ``$XDG_RUNTIME_DIR/stowray``, else ``stowray`` in ``$XDG_STATE_HOME`` (``~/.local/state``).
-    A file that outlives a reboot does no harm: it names the boot that it speaks of.
-    """
-    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
-    if runtime:
-        return Path(runtime) / "stowray"
-    state = os.environ.get("XDG_STATE_HOME", "")
-    return (Path(state) if state else Path.home() / ".local" / "state") / "stowray"
-
-
-def state_path(folder: Path) -> Path:
-    """Return where the state of this host's session is kept."""
-    return _path(folder, "json")
-
-
-def door_path(folder: Path) -> Path:
-    """Return where the host of this host's session listens."""
-    return _path(folder, "door")
-
-
-def find_session(folder: Path) -> Session | None:
-    """Return what the state file says, None when there is none or it cannot be believed."""
-    try:
-        if not _is_private(folder):
-            # Whoever else may write there could lead us to a Ray of theirs.
-            return None
-        data = json.loads(read_regular(state_path(folder), STATE_LIMIT))
-        return Session.from_dict(data)
-    except (OSError, StorageError, ValueError, KeyError, TypeError, RecursionError):
-        # A half-made or foreign file is no session; start replaces it.
-        return None
-
-
-def is_warm(_settings: Settings) -> bool:
-    """Return whether this user's session on this node can take a pull now, of any store."""
-    return warm_session() is not None
-
-
-def warm_session() -> Session | None:
-    """Return this user's session on this node if it can take a pull now."""
-    session = find_session(state_folder())
-    return session if session is not None and session.fits and session.is_alive else None
 
 
 def status(_settings: Settings) -> SessionStatus:
@@ -226,7 +67,7 @@ def start(
     folder = state_folder()
     with translated(folder, "make the session's folder"):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        if not _is_private(folder):
+        if not is_private(folder):
             raise StorageError(
                 str(folder), "others may write there: remove it, or set XDG_RUNTIME_DIR"
             )
@@ -274,22 +115,7 @@ def _status(folder: Path) -> SessionStatus:
 
 def _alone(folder: Path) -> AbstractContextManager[None]:
     """Keep other starts and stops out."""
-    return locked(_path(folder, "lock"), what="the session", wait_seconds=2 * START_SECONDS)
-
-
-def write_state(folder: Path, session: Session) -> None:
-    """Put the state file in its place, readable for its owner only."""
-    path = state_path(folder)
-    with translated(path, "write the session's state"):
-        replace_file(path, json.dumps(session.to_dict(), indent=1).encode(), mode=0o600)
-
-
-def remove_state(folder: Path, host: Process) -> None:
-    """Remove the state file if it is the one of ``host``."""
-    session = find_session(folder)
-    if session is not None and session.host == host:
-        with contextlib.suppress(FileNotFoundError):
-            state_path(folder).unlink()
+    return locked(file_of(folder, "lock"), what="the session", wait_seconds=2 * START_SECONDS)
 
 
 def _end(session: Session) -> None:
@@ -315,7 +141,7 @@ def _end(session: Session) -> None:
 def _launch(settings: Settings, folder: Path, seconds: float, idle_seconds: float) -> None:
     import subprocess
 
-    log = _path(folder, "log")
+    log = file_of(folder, "log")
     with translated(log, "write the session's log"):
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
     try:
@@ -390,18 +216,3 @@ def _answers(address: str) -> bool:
     except (OSError, ValueError, OverflowError):
         return False
     return True
-
-
-def _is_private(folder: Path) -> bool:
-    found = folder.lstat()
-    return (
-        stat.S_ISDIR(found.st_mode)
-        and found.st_uid == os.geteuid()
-        and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    )
-
-
-def _path(folder: Path, suffix: str) -> Path:
-    # A home directory may be mounted on several hosts, each with a session of its own.
-    host = re.sub(r"[^A-Za-z0-9.-]", "_", socket.gethostname()) or "localhost"
-    return folder / f"session-{host}.{suffix}"

@@ -25,7 +25,13 @@ from stowray.actors.embedded import embedded_ray, started_below
 from stowray.actors.headwatch import HeadWatch
 from stowray.actors.link import RayLink
 from stowray.actors.processes import Process
-from stowray.actors.session import PROTOCOL, Session, door_path, remove_state, write_state
+from stowray.actors.session_state import (
+    PROTOCOL,
+    Session,
+    door_path,
+    remove_state,
+    write_state,
+)
 from stowray.pipeline.clock import Boot
 from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, to_wire
 

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from tests.support.actor_kills import actors_of
 from tests.support.command import Stowray
-from tests.support.invariants import age, check_store, trees_of
+from tests.support.invariants import age, check_store, trees_of, wait_quiet
 from tests.support.registry import FakeRegistry, incompressible
 from tests.support.small import small_tar
 
@@ -153,6 +153,8 @@ class Soak:
 
     def judge(self, trees: dict[str, str]) -> None:
         try:
+            if self.ray:
+                wait_quiet(self.command.store)
             check_store(self.command.store, trees)
         except (AssertionError, OSError, ValueError) as error:
             self.wrong.append(str(error)[:2000])

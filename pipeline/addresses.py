@@ -48,7 +48,7 @@ def canonical_address(scheme: str, address: str) -> str:
     except ValueError:
         return address
     name = f"[{host}]" if ":" in host else host
-    return f"{name}:{port or DEFAULT_PORTS[scheme]}"
+    return f"{name}:{DEFAULT_PORTS[scheme] if port is None else port}"
 
 
 def literal(host: str) -> Address | None:
@@ -91,10 +91,17 @@ def same_origin(first: str, second: str) -> bool:
 
 
 def origin_of(url: str) -> tuple[str, str, int]:
-    """Return scheme, host and port of ``url``."""
+    """Return scheme, host and port of ``url``; ValueError for a port that there cannot be."""
     split = urlsplit(url)
     scheme = split.scheme.lower()
-    return scheme, (split.hostname or "").lower(), split.port or DEFAULT_PORTS.get(scheme, 0)
+    # Port 0 is one that nobody can listen on, not the usual one.
+    port = DEFAULT_PORTS.get(scheme, 0) if split.port is None else split.port
+    return scheme, (split.hostname or "").lower(), port
+
+
+def scheme_of(url: str) -> str:
+    """Return the scheme of ``url`` in lower case, as registries may write it in any (RFC 3986)."""
+    return urlsplit(url).scheme
 
 
 def refusal(url: str, *, registry: str, scheme: str, trusted: Collection[str] = ()) -> str:

@@ -10,6 +10,7 @@ import json
 import re
 from typing import TYPE_CHECKING, Any
 
+from stowray.pipeline.challenge import parse
 from stowray.pipeline.errors import (
     NotFoundError,
     RegistryError,
@@ -133,6 +134,19 @@ class Refusal:
         if self.status == 400:
             return self.code in ("ExpiredToken", "RequestExpired")
         return self.status == 403 and _EXPIRED.search(self.message) is not None
+
+
+def is_challenge(response: Response) -> bool:
+    """Return whether another login may be let in: a 401, or a 403 for want of a scope.
+
+    RFC 6750, section 3.1, has ``insufficient_scope`` come with 403, most registries send 401.
+    """
+    if response.status != 403:
+        return response.status == 401
+    return any(
+        challenge.scheme == "bearer" and challenge.parameters.get("error") == "insufficient_scope"
+        for challenge in parse(response.header_values("WWW-Authenticate"))
+    )
 
 
 def refusal(response: Response) -> Refusal:

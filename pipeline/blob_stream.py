@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from stowray.pipeline.response import Response
 
 
+GZIP = b"\x1f\x8b"
+# Enough for a gzip header and the first byte of what it holds, as a rule.
+_PROBE_SIZE = 4096
+
+
 class RegistryBlob:
     """A blob's bytes from ``offset`` on; closed by whoever opened it."""
 
@@ -29,6 +34,7 @@ class RegistryBlob:
         self.source = source
         self._response = response
         self._decoder: zlib._Decompress | None = None
+        self._kept: list[bytes] = []
         self._spend: Callable[[int], None] | None = None
 
     def limit(self, spend: Callable[[int], None]) -> None:
@@ -51,19 +57,44 @@ class RegistryBlob:
 
         self._decoder = zlib.decompressobj(31)
 
+    def decode_if_encoded(self, media_type: str) -> None:
+        """Undo a ``Content-Encoding: gzip`` if its first bytes bear it out.
+
+        Some claim it of a blob that is gzip itself (a layer), or that is not gzip at all: a body
+        that does not begin like a blob of ``media_type`` within an encoding is left as it is.
+        """
+        import zlib
+
+        head, plain = b"", b""
+        probe = zlib.decompressobj(31)
+        while len(head) < len(GZIP) or (len(plain) < len(GZIP) and not probe.eof):
+            piece = self._response.read_piece(_PROBE_SIZE)
+            if not piece:
+                break
+            self._kept.append(piece)
+            head += piece[: len(GZIP)]
+            if head[: len(GZIP)] != GZIP[: len(head)]:
+                return
+            try:
+                plain += probe.decompress(piece, _PROBE_SIZE)
+            except zlib.error:
+                break
+        if head[: len(GZIP)] != GZIP:
+            return
+        if not media_type.endswith("gzip") or plain[: len(GZIP)] == GZIP:
+            self.decode_gzip()
+
     def read(self, size: int = 1 << 18) -> bytes:
         """Return what has arrived, at most ``size`` bytes; none at the end."""
-        if self._decoder is None:
-            piece = self._response.read_piece(size)
-        else:
-            piece = self._decoded(self._decoder, size)
+        decoder = self._decoder
+        piece = self._encoded(size) if decoder is None else self._decoded(decoder, size)
         if self._spend is not None:
             self._spend(len(piece))
         return piece
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill the start of ``buffer`` with what has arrived; 0 at the end."""
-        if self._decoder is None:
+        if self._decoder is None and not self._kept:
             count = self._response.read_into(buffer)
             if self._spend is not None:
                 self._spend(count)
@@ -82,19 +113,30 @@ class RegistryBlob:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _encoded(self, size: int) -> bytes:
+        """Return what has arrived, beginning with what was looked at before."""
+        if not self._kept:
+            return self._response.read_piece(size)
+        piece = self._kept.pop(0)
+        if len(piece) > size:
+            self._kept.insert(0, piece[size:])
+        return piece[:size]
+
     def _decoded(self, decoder: zlib._Decompress, size: int) -> bytes:
         import zlib
 
         url = self._response.shown_url
         while True:
-            rest = decoder.unconsumed_tail
+            rest = decoder.unused_data if decoder.eof else decoder.unconsumed_tail
             if not rest:
-                if decoder.eof:
-                    self._response.finish()
-                    return b""
-                rest = self._response.read_piece(size)
+                rest = self._encoded(size)
                 if not rest:
+                    if decoder.eof:
+                        return b""
                     raise UnavailableError(url, 0, "CUT", "the encoded body ended early")
+            if decoder.eof:
+                # One gzip file may be several, one behind the other (RFC 1952, section 2.2).
+                decoder = self._decoder = zlib.decompressobj(31)
             try:
                 piece = decoder.decompress(rest, size)
             except zlib.error as error:
@@ -105,11 +147,16 @@ class RegistryBlob:
 
 def is_encoded(response: Response) -> bool:
     """Return whether the body is not the blob itself but an encoding of it."""
-    return any(
-        part.strip().lower() not in ("", "identity")
+    return bool(_codings(response))
+
+
+def _codings(response: Response) -> list[str]:
+    parts = [
+        part.strip().lower()
         for value in response.header_values("Content-Encoding")
         for part in value.split(",")
-    )
+    ]
+    return [part for part in parts if part not in ("", "identity")]
 
 
 def is_usable_range(
@@ -144,12 +191,15 @@ def whole_blob(response: Response, descriptor: Descriptor, source: str) -> Regis
         # A header that lies (a .tar.gz said to be gzip-encoded) is known by the length.
         if length == descriptor.size:
             return stream
-        value = ", ".join(response.header_values("Content-Encoding"))
-        if value.strip().lower() not in ("gzip", "x-gzip"):
+        if _codings(response) not in (["gzip"], ["x-gzip"]):
             url = response.shown_url
+            value = ", ".join(response.header_values("Content-Encoding"))
             shown = response.secrets.redact(value, 40)
             raise RegistryError(url, response.status, "ENCODING", f"Content-Encoding {shown!r}")
-        stream.decode_gzip()
+        if length is None:
+            stream.decode_if_encoded(descriptor.media_type)
+        else:
+            stream.decode_gzip()
         return stream
     if length is not None and length != descriptor.size:
         raise SizeMismatchError(str(descriptor.digest), descriptor.size, length)

@@ -43,13 +43,16 @@ def parse(headers: Iterable[str]) -> list[Challenge]:
 
 
 def choose(challenges: Iterable[Challenge]) -> Challenge | None:
-    """Return the challenge to answer: Bearer before Basic, others cannot be answered."""
-    known = list(challenges)
-    for scheme in ("bearer", "basic"):
-        for challenge in known:
-            if challenge.scheme == scheme:
-                return challenge
-    return None
+    """Return the challenge to answer: Bearer before Basic, others cannot be answered.
+
+    A Bearer without a realm is nothing to go by as long as there is another one.
+    """
+    known = [one for one in challenges if one.scheme in ("bearer", "basic")]
+
+    def rank(challenge: Challenge) -> int:
+        return 1 if challenge.scheme == "basic" else 0 if challenge.parameters.get("realm") else 2
+
+    return min(known, key=rank, default=None)
 
 
 def _parse_header(header: str) -> list[Challenge]:

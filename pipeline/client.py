@@ -16,7 +16,9 @@ from stowray.pipeline.addresses import (
     is_loopback,
     realm_refusal,
     same_origin,
+    scheme_of,
 )
+from stowray.pipeline.answers import is_challenge
 from stowray.pipeline.auth import Authenticator, Grant, Resource
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Endpoint
@@ -169,7 +171,7 @@ class Client:
                 continue
             if not known:
                 self._learn_scheme(place, scheme)
-            if status == 401 and not answer.redirected:
+            if is_challenge(answer.response) and not answer.redirected:
                 if method == "HEAD" and challenges >= CHALLENGE_LIMIT:
                     # A HEAD tells no reason; the GET that follows does.
                     return answer
@@ -186,7 +188,7 @@ class Client:
                     cancelled,
                 )
                 continue
-            if status in (400, 403) and not renewed and method == "GET":
+            if status in (400, 401, 403) and not renewed and method == "GET":
                 refused = answer.refusal()
                 renewed = True
                 if answer.redirected or (
@@ -199,7 +201,7 @@ class Client:
 
     def get_foreign(self, url: str, cancelled: Callable[[], bool]) -> Answer:
         """Return the answer to a GET of a layer's own URL; nobody's login goes there."""
-        scheme, host = url.partition("://")[0], host_of(url)
+        scheme, host = scheme_of(url), host_of(url)
         ask = partial(self._exchanges.make, "GET", headers=(), document=False, cancelled=cancelled)
         response = ask(url, sent_by=FOREIGN, is_foreign=True)
         for _ in range(HOP_LIMIT):
@@ -297,9 +299,13 @@ class Client:
             return response
         response.finish()
         there = Resource(
-            host_of(url), url.partition(":")[0], host_of(url), resource.repository, anonymous=True
+            host_of(url), scheme_of(url), host_of(url), resource.repository, anonymous=True
         )
-        self._auth.challenged(there, demanded, Grant(), lambda: ())
+        try:
+            self._auth.challenged(there, demanded, Grant(), lambda: ())
+        except UnauthorizedError:
+            # Nothing that nobody could answer, so what stands in the URL is no longer good.
+            return response
         grant = self._auth.grant(there, cancelled)
         own = (("Authorization", grant.header),) if grant.header else ()
         return self._exchanges.make(
@@ -333,7 +339,7 @@ class Client:
             reason = realm_refusal(
                 target,
                 registry=resource.host,
-                scheme=url.partition(":")[0],
+                scheme=scheme_of(url),
                 trusted=self._plain_http,
             )
             if reason:

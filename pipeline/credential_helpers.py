@@ -9,9 +9,11 @@ answer is never quoted.
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 import time
+from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
 from stowray.pipeline.credential import TOKEN_USER, Credential
@@ -27,6 +29,8 @@ HELPER_SECONDS: Final = 30.0
 FAILURE_SECONDS: Final = 30.0
 POLL_SECONDS: Final = 0.05
 OUTPUT_LIMIT: Final = 4096
+ANSWER_LIMIT: Final = 1 << 20
+PIECE_SIZE: Final = 64 << 10
 _MENTIONS_SECRET: Final = re.compile(r"[\"']Secret[\"']", re.IGNORECASE)
 NOT_FOUND: Final = "credentials not found in native keychain"
 
@@ -111,6 +115,8 @@ class CredentialHelpers:
         except TimeoutError as error:
             reason = f"{program} gave no answer in {self._seconds:g} s"
             raise UnauthorizedError(registry, "", reason) from error
+        except OverflowError as error:
+            raise UnauthorizedError(registry, "", f"{program} says too much") from error
         finally:
             _end(process)
         if process.returncode != 0:
@@ -127,19 +133,47 @@ class CredentialHelpers:
     def _communicate(
         self, process: subprocess.Popen[bytes], server: str, abandoned: Callable[[], bool]
     ) -> tuple[bytes, bytes]:
-        import subprocess
+        import selectors
 
         end = time.monotonic() + self._seconds
-        told: bytes | None = server.encode()
-        while True:
+        _tell(process, server)
+        output, errors = bytearray(), bytearray()
+        with selectors.DefaultSelector() as open_pipes:
+            for pipe, said in ((process.stdout, output), (process.stderr, errors)):
+                if pipe is not None:
+                    open_pipes.register(pipe, selectors.EVENT_READ, said)
+            while open_pipes.get_map():
+                if abandoned():
+                    raise CancelledError("credential helper")
+                if time.monotonic() >= end:
+                    raise TimeoutError
+                # Before the look for what it said: a child of its own may keep the pipes open.
+                has_ended = process.poll() is not None
+                ready = open_pipes.select(POLL_SECONDS)
+                if has_ended and not ready:
+                    break
+                for key, _ in ready:
+                    piece = os.read(key.fd, PIECE_SIZE)
+                    if not piece:
+                        open_pipes.unregister(key.fileobj)
+                    key.data.extend(piece)
+                    if len(key.data) > ANSWER_LIMIT:
+                        raise OverflowError
+        while process.poll() is None:
+            # It said all it had to say.
             if abandoned():
                 raise CancelledError("credential helper")
-            try:
-                return process.communicate(told, timeout=POLL_SECONDS)
-            except subprocess.TimeoutExpired:
-                told = None
-                if time.monotonic() >= end:
-                    raise TimeoutError from None
+            if time.monotonic() >= end:
+                raise TimeoutError
+            time.sleep(POLL_SECONDS / 10)
+        return bytes(output), bytes(errors)
+
+
+def _tell(process: subprocess.Popen[bytes], server: str) -> None:
+    """Say which server is meant, which always fits into a pipe."""
+    if process.stdin is not None:
+        with suppress(BrokenPipeError), process.stdin as pipe:
+            pipe.write(server.encode())
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

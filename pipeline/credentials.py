@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
 import threading
 from pathlib import Path
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 HUB = "docker.io"
 HUB_KEY = "https://index.docker.io/v1/"
 FILE_LIMIT = 4 << 20
+RUN = Path("/run")
 
 _SUFFIX = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 
@@ -138,10 +140,13 @@ class Credentials:
         with self._lock:
             document = self._read(file)
         helpers = _table(document, "credHelpers", file.path)
-        for key in _host_keys(registry):
-            if isinstance(suffix := helpers.get(key), str) and suffix:
-                return self._ask(file, suffix, registry, cancelled)
         store = document.get("credsStore")
+        for key in _host_keys(registry):
+            if isinstance(suffix := helpers.get(key), str):
+                if suffix:
+                    return self._ask(file, suffix, registry, cancelled)
+                # For docker an empty name exempts the host from the store of all others.
+                store = ""
         if isinstance(store, str) and store:
             found = self._ask(file, store, registry, cancelled)
             if found is not None:
@@ -174,6 +179,9 @@ def _files(environment: Mapping[str, str], authfile: str) -> tuple[_File, ...]:
         places.append(Path(environment["DOCKER_CONFIG"]) / "config.json")
     if environment.get("XDG_RUNTIME_DIR"):
         places.append(Path(environment["XDG_RUNTIME_DIR"]) / "containers" / "auth.json")
+    else:
+        # As root and in services there is no such variable, and podman writes here.
+        places.append(RUN / "containers" / str(os.getuid()) / "auth.json")
     home = environment.get("HOME")
     config = environment.get("XDG_CONFIG_HOME") or (str(Path(home) / ".config") if home else "")
     if config:
@@ -266,6 +274,8 @@ def _plain(auths: dict[str, Any], path: Path, registry: str, repository: str) ->
 
 
 def _credential(entry: Any, key: str, path: Path) -> Credential | None:
+    if entry is None:
+        return None
     if not isinstance(entry, dict):
         raise UsageError(str(path), f"the entry of {key} must be an object")
 
@@ -276,7 +286,9 @@ def _credential(entry: Any, key: str, path: Path) -> Credential | None:
     username, password = text("username"), text("password")
     if text("auth"):
         try:
-            decoded = base64.b64decode(text("auth"), validate=True).decode("utf-8")
+            # Other tools take line ends within it for nothing.
+            encoded = re.sub(r"[\r\n]", "", text("auth"))
+            decoded = base64.b64decode(encoded, validate=True).decode("utf-8")
         except ValueError as error:  # also for text that is not ASCII, without being binascii.Error
             raise UsageError(str(path), f"the auth of {key} is not base64") from error
         username, colon, password = decoded.partition(":")

@@ -12,6 +12,7 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
+from stowray.pipeline.addresses import split_host
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.endpoint import Connection, Endpoint, registry_of
 from stowray.pipeline.errors import (
@@ -78,7 +79,7 @@ class Endpoints:
         """Return the endpoints that may be asked, the registry itself last.
 
         By digest everything is a ``pull``: what comes can be proven. Raises UsageError for a
-        blocked name, or when no endpoint is allowed to do ``operation``.
+        blocked name, for an impossible port, or when no endpoint is allowed to do ``operation``.
         """
         found = tuple(
             endpoint
@@ -89,6 +90,12 @@ class Endpoints:
             raise UsageError(
                 reference.canonical, f"none of its hosts has the capability {operation!r}"
             )
+        for endpoint in found:
+            try:
+                split_host(endpoint.host)
+            except ValueError:
+                reason = f"{endpoint.host} is no address: ports go up to 65535"
+                raise UsageError(reference.canonical, reason) from None
         return found
 
     def blame(self, endpoint: Endpoint, error: StowrayError) -> None:

@@ -8,9 +8,9 @@ asks for holds for all threads.
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
-from urllib.parse import urljoin
+from urllib.parse import quote, urljoin
 
-from stowray.pipeline.addresses import canonical_address, refusal, same_origin
+from stowray.pipeline.addresses import canonical_address, refusal, same_origin, scheme_of
 from stowray.pipeline.answers import refusal as read_refusal
 from stowray.pipeline.endpoint import Connection
 from stowray.pipeline.errors import RegistryError
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 # A mirror may save time, not cost it: the registry itself answers within seconds.
 MIRROR_SECONDS = 10.0
+_ASCII = "".join(map(chr, range(128)))
 
 
 class Exchanges:
@@ -113,11 +114,12 @@ class Exchanges:
         if not location:
             raise RegistryError(response.shown_url, status, "REDIRECT", "a redirect to nowhere")
         try:
-            target = urljoin(url, location)
+            # A header is bytes. What is not ASCII in it is UTF-8 that its sender forgot to escape.
+            target = urljoin(url, quote(location, safe=_ASCII, encoding="latin-1"))
             reason = refusal(
                 target,
                 registry=resource.host,
-                scheme=url.partition(":")[0],
+                scheme=scheme_of(url),
                 trusted=self._trusted,
             )
         except ValueError:
@@ -129,7 +131,7 @@ class Exchanges:
         return target
 
     def _is_trusted(self, url: str) -> bool:
-        scheme, host = url.partition(":")[0], host_of(url)
+        scheme, host = scheme_of(url), host_of(url)
         wanted = canonical_address(scheme, host)
         return any(canonical_address(scheme, known) == wanted for known in self._trusted)
 

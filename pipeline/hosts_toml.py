@@ -24,7 +24,7 @@ from stowray.pipeline.values import dataclass
 FILE = "hosts.toml"
 DEFAULT = "_default"
 SIZE_LIMIT = 1 << 20
-ALL = frozenset({"pull", "resolve", "push"})
+ALL = frozenset({"pull", "resolve", "push", "referrers"})
 
 _DURATION = re.compile(r"(?:[0-9]+(?:\.[0-9]*)?|\.[0-9]+)(?:ns|us|µs|μs|ms|s|m|h)")
 _UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "μs": 1e-6, "ms": 1e-3, "s": 1, "m": 60, "h": 3600}

@@ -273,6 +273,8 @@ class Answer:
             for value in self.values("Transfer-Encoding")
             for coding in value.split(",")
         ]
+        # Old servers say that they encode nothing (RFC 2616, section 3.6).
+        codings = [coding for coding in codings if coding != "identity"]
         lengths = set(self.values("Content-Length"))
         if codings:
             if codings != ["chunked"]:

@@ -21,26 +21,31 @@ from typing import TYPE_CHECKING
 
 from stowray.pipeline.errors import DigestMismatchError, SizeMismatchError, StorageError
 from stowray.pipeline.failpoint import failpoint
-from stowray.pipeline.files import storage_error, translated
-from stowray.pipeline.ingest_home import discard_ingest, free_bytes
+from stowray.pipeline.files import translated
+from stowray.pipeline.ingest_home import (
+    create_data,
+    discard_ingest,
+    has_room,
+    put_at,
+    require_room,
+)
+from stowray.pipeline.ingest_rest import find_rest
 from stowray.pipeline.ingeststate import COMMITTED, GIVEN_UP, GROWING, IngestState, boot_key
-from stowray.pipeline.journal import Checkpoint, Journal, prove_prefix
+from stowray.pipeline.journal import Checkpoint, Journal
 from stowray.pipeline.locks import try_lock, unlock
 from stowray.pipeline.prefix_digest import CHECKPOINT_EVERY, PrefixDigest
-from stowray.pipeline.stripe_state import StripeState, are_within, end_showing
+from stowray.pipeline.stripe_state import StripeState, end_showing
 from stowray.pipeline.written_ranges import WrittenRanges
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from pathlib import Path
-    from types import TracebackType
 
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.ingest_home import IngestHome
 
 SMALLEST_ISLAND = 4 << 10
 _LIFE_SIGN_ATTEMPTS = 1000
-_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class Ingest:
@@ -114,12 +119,7 @@ class Ingest:
     def __enter__(self) -> Ingest:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -251,7 +251,7 @@ class Ingest:
             if self._journal is not None:
                 self.condemned = self.checkpoints()
             self.drop_wrong()
-            if self.keeps_wrong and self._has_room(self.size):
+            if self.keeps_wrong and has_room(self._home, self._directory, self.size):
                 self.wrong_data = os.dup(self._data)
             self._state.condemn(self.generation)
             self._begin(self._state, self.generation + 1)
@@ -320,30 +320,18 @@ class Ingest:
         if whole:
             self.write_at(0, whole)
 
+    def _put(self, view: memoryview, offset: int) -> None:
+        put_at(self._data, self._data_path, view, offset, self.digest, self.size)
+
     def _put_whole(self) -> None:
         """Write all of a blob that came at once; nobody but us knows of the file."""
         with translated(self._directory, "write a blob"):
-            self._data = os.open(self._data_path, _CREATE, 0o600)
+            self._data = create_data(self._data_path)
         self._put(self._whole, 0)
-        self._whole = memoryview(b"")
 
     @property
     def _data_path(self) -> Path:
         return self._directory / f"data.{self.generation}"
-
-    def _put(self, view: memoryview, offset: int) -> None:
-        while view:
-            try:
-                written = os.pwrite(self._data, view, offset)
-            except OSError as error:
-                missing = self.size - offset
-                raise storage_error(
-                    error,
-                    self._data_path,
-                    f"write the {missing} bytes that {self.digest} ({self.size} bytes) still needs",
-                ) from error
-            view = view[written:]
-            offset += written
 
     def _expose(self, prefix: int) -> None:
         if self._state is not None:
@@ -377,26 +365,20 @@ class Ingest:
             self._begin(state, generation + 1)
             return
         exposed = state.prefix
-        # On the same boot the page cache has what was written; else only checkpoints are proof.
-        same_boot = history.boot == (self._home.boot.boot_id, self._home.boot.host)
-        kept, hasher = prove_prefix(
-            self._data, self.digest, history.checkpoints, exposed, tail=same_boot
-        )
-        # Islands may lack from the disk after a crash, and bytes that are wrong make doubtful
-        # whatever the same hand wrote.
-        islands: list[tuple[int, int]] = []
-        if same_boot and kept == exposed:
-            islands = history.beyond(kept, min(self.size, os.fstat(self._data).st_size))
         shown = end_showing(self._directory, generation, self.size)
-        if kept < exposed or not are_within(shown, [(0, kept), *islands]):
+        rest = find_rest(
+            self._data, self.digest, self.size, exposed, shown, history, self._home.boot
+        )
+        if rest.lacks_shown:
             # Followers saw more than is kept: what comes now may differ, so they must begin again.
             old = self._data_path
             state.begin(generation + 1, self.size, self._boot)
             self.generation = generation + 1
             old.rename(self._data_path)
+        kept, islands = rest.kept, rest.islands
         os.ftruncate(self._data, islands[-1][1] if islands else kept)
         journal.rewrite(self.generation, self._home.boot, history.until(kept), islands)
-        self._hash.reset(hasher, kept, history.last(kept))
+        self._hash.reset(rest.hasher, kept, history.last(kept))
         self._ranges.reset(kept, islands)
         self.is_resumed = bool(kept or islands)
         self._hash.catch_up(wait=True)
@@ -412,13 +394,8 @@ class Ingest:
         state.begin(generation, self.size, self._boot)
         if self._stripes is not None:
             self._stripes.begin(generation)
-        old = [entry for entry in self._directory.iterdir() if entry.name.startswith("data.")]
         self.generation = generation
-        self._data = os.open(self._data_path, _CREATE, 0o600)
-        for entry in old:
-            if entry != self._data_path:
-                with suppress(FileNotFoundError):
-                    entry.unlink()
+        self._data = create_data(self._data_path)
         self._ranges.reset(0)
         self._hash.reset(self.digest.hasher())
         if self._journal is not None:
@@ -426,19 +403,7 @@ class Ingest:
 
     def _reserve(self) -> None:
         """Refuse before the first byte what the disk has no room for; nothing is allocated."""
-        needed, reserve = self.size - self.offset, self._home.reserve_bytes
-        free = free_bytes(self._directory)
-        if needed and free is not None and free < needed + reserve:
-            raise StorageError(
-                str(self._directory.parent.parent),
-                f"{self.digest} needs {needed} more bytes, {free} are free and {reserve} stay in "
-                "reserve: free space (`stowray gc`) or choose another --store",
-            )
-
-    def _has_room(self, size: int) -> bool:
-        free = free_bytes(self._directory)
-        return free is None or free >= size + self._home.reserve_bytes
+        require_room(self._home, self._directory, self.digest, self.size - self.offset)
 
     def _remove(self) -> None:
-        with translated(self._directory, "remove an ingest"):
-            discard_ingest(self._directory)
+        discard_ingest(self._directory)

@@ -9,14 +9,18 @@ import os
 from contextlib import suppress
 from typing import TYPE_CHECKING, Protocol
 
+from stowray.pipeline.errors import StorageError
 from stowray.pipeline.failpoint import failpoint
-from stowray.pipeline.files import translated
+from stowray.pipeline.files import storage_error, translated
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from stowray.pipeline.clock import Boot
     from stowray.pipeline.digest import Digest
+
+
+_CREATE = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 class GenerationChanged(Exception):  # noqa: N818 - a signal to begin again, not an error
@@ -52,13 +56,58 @@ def free_bytes(directory: Path) -> int | None:
     return system.f_bavail * system.f_frsize if system.f_blocks else None
 
 
+def has_room(home: IngestHome, directory: Path, size: int) -> bool:
+    """Tell whether ``size`` bytes fit below ``directory`` without touching the reserve."""
+    free = free_bytes(directory)
+    return free is None or free >= size + home.reserve_bytes
+
+
+def require_room(home: IngestHome, directory: Path, digest: Digest, needed: int) -> None:
+    """Raise StorageError unless ``needed`` bytes of a blob fit without touching the reserve."""
+    free = free_bytes(directory)
+    if needed and free is not None and free < needed + home.reserve_bytes:
+        raise StorageError(
+            str(directory.parent.parent),
+            f"{digest} needs {needed} more bytes, {free} are free and {home.reserve_bytes} stay in "
+            "reserve: free space (`stowray gc`) or choose another --store",
+        )
+
+
+def create_data(path: Path) -> int:
+    """Make the file that a generation grows in; those of earlier generations are removed."""
+    old = [entry for entry in path.parent.iterdir() if entry.name.startswith("data.")]
+    descriptor = os.open(path, _CREATE, 0o600)
+    for entry in old:
+        if entry != path:
+            with suppress(FileNotFoundError):
+                entry.unlink()
+    return descriptor
+
+
+def put_at(
+    descriptor: int, path: Path, view: memoryview, offset: int, digest: Digest, size: int
+) -> None:
+    """Write all of ``view`` into the data of a blob of ``size`` bytes; StorageError if it fails."""
+    while view:
+        try:
+            written = os.pwrite(descriptor, view, offset)
+        except OSError as error:
+            missing = size - offset
+            raise storage_error(
+                error, path, f"write the {missing} bytes that {digest} ({size} bytes) still needs"
+            ) from error
+        view = view[written:]
+        offset += written
+
+
 def discard_ingest(directory: Path) -> None:
     """Remove an ingest whose lock is held: the lock last, so that the next locker finds it gone."""
-    for entry in list(directory.iterdir()):
-        if entry.name != "lock":
-            entry.unlink(missing_ok=True)
-    failpoint("ingest-before-unlock")
-    (directory / "lock").unlink(missing_ok=True)
+    with translated(directory, "remove an ingest"):
+        for entry in list(directory.iterdir()):
+            if entry.name != "lock":
+                entry.unlink(missing_ok=True)
+        failpoint("ingest-before-unlock")
+        (directory / "lock").unlink(missing_ok=True)
     # A new writer may have made its own lock file in between: then the directory is its.
     with suppress(OSError):
         directory.rmdir()

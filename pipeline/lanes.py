@@ -78,6 +78,7 @@ class Lanes:
         self._position = stream.offset  # of the first stream
         self._advanced = (self._begun, 0.0)  # when it was there, and how long it had waited then
         self._is_taken_over = False
+        self._has_given_up = False
         self._own_part = (0, 0)  # where the first lane is in its part, and where that ends
         self._parts = Parts(end, ingest.size) if end < ingest.size else None
         self._first_part = end
@@ -149,6 +150,9 @@ class Lanes:
             self._run_lane(is_first=True)
         except UnavailableError as error:
             failed = error
+            with self._changed:
+                # Those that are left may get on, but no new ones: else this would never end.
+                self._has_given_up = True
         except CancelledError:
             if self._cancelled():
                 raise
@@ -172,7 +176,7 @@ class Lanes:
                         look_at = now + LOOK_SECONDS
                         self._look(now)
                     was_proven = self._proven
-                    if self._climb.wanted > self._active:
+                    if self._climb.wanted > self._active and not self._has_given_up:
                         self._open()
                     self._changed.wait(LOOK_SECONDS)
                     if self._proven and not was_proven:

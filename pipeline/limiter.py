@@ -179,7 +179,7 @@ class Limiter:
         kind: Kind = "documents" if document else "blobs"
         limit = DOCUMENT_PERMITS if document else self._connections
         if shared.rest(host) <= 0 and not shared.is_waited_for(host, kind):
-            release = shared.permit(host, kind, limit)
+            release = _permit(shared, host, kind, limit)
             if release is not None:
                 return release
         pause, looks = FIRST_LOOK_SECONDS, 0
@@ -189,7 +189,7 @@ class Limiter:
                 self._sleep(max(rest, pause), host, cancelled)
                 if rest > 0:
                     continue
-                release = shared.permit(host, kind, limit)
+                release = _permit(shared, host, kind, limit)
                 if release is not None:
                     return release
                 pause = max(pause / 2, SHORTEST_LOOK_SECONDS)
@@ -287,6 +287,16 @@ class Limiter:
             if cancelled is not None and cancelled():
                 raise CancelledError(f"request to {host}")
             self._clock.sleep(min(rest, POLL_SECONDS))
+
+
+def _permit(shared: SharedLimits, host: str, kind: Kind, limit: int) -> Callable[[], None] | None:
+    """Return what gives a permit back, None when there is none or nobody may use one now."""
+    release = shared.permit(host, kind, limit)
+    # Looked at with the permit in hand: who had it before may have been asked for the pause.
+    if release is not None and shared.rest(host) > 0:
+        release()
+        return None
+    return release
 
 
 def _nothing() -> None:

@@ -44,7 +44,8 @@ class Proxies:
                 upper = ""
             return (environment.get(name) or environment.get(upper) or "").strip()
 
-        fallback = value("all_proxy")
+        # Under its own name, as it is the one to be mended.
+        fallback = _checked("all_proxy", value("all_proxy"))
         bypass = tuple(part.lower() for part in value("no_proxy").replace(",", " ").split())
         return cls(
             http=_checked("http_proxy", value("http_proxy") or fallback),

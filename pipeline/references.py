@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import translated
+from stowray.pipeline.leases import LOCK, LOCK_SECONDS
 from stowray.pipeline.recordfile import require_record_file
 from stowray.pipeline.records import ReferenceRecord, parse_record, read_record, write_record
 
@@ -131,21 +132,33 @@ def record_reference(store: Store, record: ReferenceRecord) -> None:
             with translated(path, "note the use of an image"), suppress(FileNotFoundError):
                 os.utime(path)
                 return
-    _change(store, [record], [])
+    with store.lock("refs", wait_seconds=_LOCK_SECONDS):
+        now = find_reference(store, record.reference, record.platform)
+        if now is not None:
+            # Pinned since it was looked at.
+            record = replace(record, pinned=record.pinned or now.pinned)
+        _apply(store, [record], [])
 
 
 def pin_reference(
     store: Store, canonical: str, platform: str | None = None, *, pinned: bool = True
 ) -> int:
-    """Protect an image from the collector's limits, or no more; return how many records it has."""
-    found = [
-        record
-        for record in references(store, canonical)
-        if platform is None or record.platform == platform
-    ]
-    changed = [replace(record, pinned=pinned) for record in found if record.pinned != pinned]
-    if changed:
-        _change(store, changed, [])
+    """Protect an image from the collector's limits, or no more; return how many records it has.
+
+    Beside a collector it waits until that has chosen what goes: one that is chosen already is not
+    here any more, and is not recorded again without its content.
+    """
+    with (
+        store.lock(LOCK, wait_seconds=LOCK_SECONDS, shared=True),
+        store.lock("refs", wait_seconds=_LOCK_SECONDS),
+    ):
+        found = [
+            record
+            for record in references(store, canonical)
+            if platform is None or record.platform == platform
+        ]
+        changed = [replace(record, pinned=pinned) for record in found if record.pinned != pinned]
+        _apply(store, changed, [])
     return len(found)
 
 
@@ -186,26 +199,33 @@ def _change(store: Store, written: list[ReferenceRecord], removed: list[tuple[st
     """Write and remove records and derive the index, as one change under one lock."""
     if not written and not removed:
         return 0
-    count = 0
     with store.lock("refs", wait_seconds=_LOCK_SECONDS):
-        whole = _begin(store)
-        for record in written:
-            path = record_path(store, record.reference, record.platform)
-            write_record(path, record.payload(), store.trust.stamp())
-        for _, path in removed:
-            with translated(path, "forget an image"):
-                try:
-                    path.unlink()
-                except FileNotFoundError:
-                    continue
-                count += 1
-                if not any(path.parent.iterdir()):
-                    path.parent.rmdir()
-        failpoint("references-changed")
-        changed = {record.reference for record in written} | {name for name, _ in removed}
-        _derive(store, min(changed), whole=whole or len(changed) > 1)
-        failpoint("index-derived")
-        _end(store)
+        return _apply(store, written, removed)
+
+
+def _apply(store: Store, written: list[ReferenceRecord], removed: list[tuple[str, Path]]) -> int:
+    """Do as :func:`_change` does, under the lock that the caller holds."""
+    if not written and not removed:
+        return 0
+    count = 0
+    whole = _begin(store)
+    for record in written:
+        path = record_path(store, record.reference, record.platform)
+        write_record(path, record.payload(), store.trust.stamp())
+    for _, path in removed:
+        with translated(path, "forget an image"):
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                continue
+            count += 1
+            if not any(path.parent.iterdir()):
+                path.parent.rmdir()
+    failpoint("references-changed")
+    changed = {record.reference for record in written} | {name for name, _ in removed}
+    _derive(store, min(changed), whole=whole or len(changed) > 1)
+    failpoint("index-derived")
+    _end(store)
     return count
 
 

@@ -147,7 +147,15 @@ def parse_conf(text: str, file: str) -> tuple[Entry, ...]:
     tables = document.get("registry", [])
     if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         raise UsageError(file, "registry must be tables: [[registry]]")
-    return tuple(_entry(file, table) for table in tables)
+    entries: dict[str, Entry] = {}
+    for entry in (_entry(file, table) for table in tables):
+        # Of several the first counts, as for podman, unless it matters which.
+        first = entries.setdefault(entry.prefix, entry)
+        if (first.blocked, first.insecure) != (entry.blocked, entry.insecure):
+            raise UsageError(
+                file, f"{entry.prefix} stands there twice, with other words on blocked or insecure"
+            )
+    return tuple(entries.values())
 
 
 def _drop_ins(path: Path) -> list[Path]:

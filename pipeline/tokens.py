@@ -13,13 +13,16 @@ from dataclasses import field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlencode
 
+from stowray.pipeline.blob_stream import is_encoded
 from stowray.pipeline.credential import TOKEN_USER, Credential
 from stowray.pipeline.errors import (
+    ManifestError,
     RegistryError,
     StowrayError,
     UnauthorizedError,
     UnavailableError,
 )
+from stowray.pipeline.registry_documents import decoded
 from stowray.pipeline.retry import is_transient
 from stowray.pipeline.values import dataclass
 
@@ -37,6 +40,8 @@ SHORTEST_SECONDS = 60.0
 # than what registries send).
 _TOKEN = re.compile(r"[\x21-\x7e]+")
 _POST_REFUSED = frozenset({400, 401, 404, 405})
+# What realms that speak OAuth2 alone say to a GET.
+_GET_REFUSED = frozenset({400, 404, 405, 501})
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +104,13 @@ def ask(
     try:
         return _get(send, request, credential)
     except RegistryError as error:
-        if credential is None or error.status not in (404, 405):
+        if credential is None or not credential.password or error.status not in _GET_REFUSED:
             raise
+        refused = error
     try:
         return _post(send, request, credential)
-    except _PostRefusedError as error:
-        raise RegistryError(*error.args) from None
+    except _PostRefusedError:
+        raise refused from None
 
 
 class _PostRefusedError(RegistryError):
@@ -123,8 +129,10 @@ def _get(
         if credential.username != TOKEN_USER:
             pairs.append(("account", credential.username))
         headers = (("Authorization", credential.basic),)
-    mark = "&" if "?" in request.realm else "?"
-    url = f"{request.realm}{mark}{urlencode(pairs)}" if pairs else request.realm
+    # What follows a '#' is never sent, and would take the scopes along.
+    realm = request.realm.partition("#")[0]
+    mark = "&" if "?" in realm else "?"
+    url = f"{realm}{mark}{urlencode(pairs)}" if pairs else realm
     with send("GET", url, headers, None) as response:
         return _read(response, request)
 
@@ -173,8 +181,8 @@ def _read(response: Response, request: TokenRequest) -> Token:
         raise RegistryError(url, 200, "", "the token answer is too long")
     response.finish()
     try:
-        return parse_answer(body)
-    except ValueError as error:
+        return parse_answer(decoded(body, url) if is_encoded(response) else body)
+    except (ValueError, ManifestError) as error:
         raise RegistryError(url, 200, "", str(error)) from None
 
 

@@ -20,13 +20,14 @@ from stowray.pipeline.addresses import DEFAULT_PORTS, is_refused_peer, origin_of
 from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.connections import IdleConnections, Peer, connect, start_tls
 from stowray.pipeline.endpoint import Connection
-from stowray.pipeline.errors import UnavailableError, UsageError
+from stowray.pipeline.errors import RegistryError, UnavailableError, UsageError
 from stowray.pipeline.exchange_errors import is_stale, translated, verdict
 from stowray.pipeline.http1 import Wire
 from stowray.pipeline.known_secrets import KnownSecrets
 from stowray.pipeline.proxies import Proxies
 from stowray.pipeline.redact import host_of, public_url, url_secrets
 from stowray.pipeline.response import Response
+from stowray.pipeline.retry import is_transient
 from stowray.pipeline.watchdog import Watch, Watchdog
 
 if TYPE_CHECKING:
@@ -183,7 +184,10 @@ class Transport:
         answer = wire.answer("CONNECT")
         if answer.status >= 300 or not wire.is_drained:
             detail = f"the proxy refuses to connect: {answer.status}"
-            raise UnavailableError(watch.url, 0, "PROXY", detail)
+            # A proxy's own word on logins and rules does not change; that a host is away may.
+            is_final = 400 <= answer.status < 500 and not is_transient(answer.status)
+            kind = RegistryError if is_final else UnavailableError
+            raise kind(watch.url, 0, "PROXY", detail)
         if scheme == "http":
             return start_tls(made, context, peer.host, watch)
         # TLS within TLS, which the standard library's sockets do not do.

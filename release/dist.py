@@ -8,6 +8,7 @@ of them come the bill of materials (CycloneDX) and the notices of third parties.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 import subprocess
 import sys
@@ -20,13 +21,12 @@ DIST = ROOT / "dist"
 TOOLS = ("cyclonedx-bom>=7", "pip-licenses>=5")
 
 
-def run(*command: str | Path, output: Path | None = None) -> str:
+def run(*command: str | Path) -> str:
     """Run a command that has to succeed and return what it printed."""
     print("+", " ".join(map(str, command)), flush=True)
-    done = subprocess.run([*map(str, command)], check=True, stdout=subprocess.PIPE, text=True)
-    if output is not None:
-        output.write_text(done.stdout, encoding="utf-8")
-    return done.stdout
+    return subprocess.run(
+        [*map(str, command)], check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 def environment(place: Path, python: str | Path, *requirements: str | Path) -> Path:
@@ -64,6 +64,53 @@ def tried(programs: Path, version: str) -> None:
         raise SystemExit(f"{programs}: no man page")
 
 
+def described(tools: Path, clean: Path) -> list[dict[str, str]]:
+    """Return what the packages of the environment ``clean`` say of their licences."""
+    said = run(
+        *(tools / "pip-licenses", f"--python={clean / 'python'}", "--format=json", "--with-urls"),
+        *("--with-license-file", "--no-license-path", "--with-notice-file"),
+        *("--ignore-packages", "stowray", "pip", "setuptools"),
+    )
+    found: list[dict[str, str]] = json.loads(said)
+    return found
+
+
+def bill(tools: Path, clean: Path, version: str, licences: list[dict[str, str]]) -> str:
+    """Return the bill of materials of the environment ``clean``: CycloneDX, JSON.
+
+    The tool knows neither a version that is read from the source nor licences in words of a
+    package's own: both are put in.
+    """
+    said = run(
+        *(tools / "cyclonedx-py", "environment", clean / "python"),
+        *("--pyproject", ROOT / "pyproject.toml", "--mc-type", "application"),
+        *("--output-reproducible", "--of", "JSON"),
+    )
+    document = json.loads(said)
+    document["metadata"]["component"] |= {
+        "version": version,
+        "purl": f"pkg:pypi/stowray@{version}",
+    }
+    known = {entry["Name"].lower(): entry["License"] for entry in licences}
+    for component in document["components"]:
+        name = known.get(component["name"].lower(), "UNKNOWN")
+        if not component.get("licenses") and name != "UNKNOWN":
+            component["licenses"] = [{"license": {"name": name}}]
+    return json.dumps(document, indent=2) + "\n"
+
+
+def notices(licences: list[dict[str, str]]) -> str:
+    """Return the licences and notices of third parties as text."""
+    parts = []
+    for entry in sorted(licences, key=lambda entry: entry["Name"].lower()):
+        head = f"{entry['Name']} {entry['Version']}\n{entry['License']}\n{entry['URL']}\n"
+        texts = [entry["LicenseText"], entry["NoticeText"]]
+        told = [text.strip() for text in texts if text not in ("UNKNOWN", "")]
+        parts.append("\n\n".join([head, *(told or ["The package ships no text of its licence."])]))
+    rule = "-" * 80
+    return f"\n\n{rule}\n\n".join(parts) + "\n"
+
+
 def main() -> int:
     """Build, check, install, describe."""
     shutil.rmtree(DIST, ignore_errors=True)
@@ -81,17 +128,10 @@ def main() -> int:
         clean = environment(place / "clean", sys.executable, wheel)
         tools = environment(place / "tools", sys.executable, *TOOLS)
         name = wheel.name.partition("-py3")[0]
-        run(
-            *(tools / "cyclonedx-py", "environment", clean / "python"),
-            *("--pyproject", ROOT / "pyproject.toml", "--mc-type", "application"),
-            *("--output-reproducible", "--of", "JSON", "-o", DIST / f"{name}.cdx.json"),
-        )
-        run(
-            *(tools / "pip-licenses", f"--python={clean / 'python'}", "--format=plain-vertical"),
-            *("--with-urls", "--with-license-file", "--no-license-path", "--with-notice-file"),
-            *("--ignore-packages", "stowray", "pip", "setuptools"),
-            output=DIST / "THIRD_PARTY_NOTICES.txt",
-        )
+        licences = described(tools, clean)
+        materials = bill(tools, clean, version, licences)
+        (DIST / f"{name}.cdx.json").write_text(materials, encoding="utf-8")
+        (DIST / "THIRD_PARTY_NOTICES.txt").write_text(notices(licences), encoding="utf-8")
     made = sorted(path for path in DIST.iterdir() if path.name != "SHA256SUMS")
     sums = "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in made)
     (DIST / "SHA256SUMS").write_text(sums, encoding="ascii")

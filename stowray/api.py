@@ -156,7 +156,7 @@ def make_engine(
 
 
 def _session_is_warm(settings: Settings) -> bool:
-    from stowray.actors.session import is_warm
+    from stowray.actors.session_state import is_warm
 
     return is_warm(settings)
 

@@ -46,7 +46,7 @@ def bench_page(record: RunRecord) -> str:
             (f"{stage} · {summary.mode}", summary.mode, spread)
             for stage in dict.fromkeys(stage for summary in own for stage in summary.seconds)
             for summary in own
-            if (spread := summary.seconds.get(stage)) is not None
+            if (spread := summary.seconds.get(stage)) is not None and spread.high
         ]
         body.append(f"<section><h2>{text(reference)}</h2>{_plot(rows, highest)}")
         body += [_table(summary) for summary in own]
@@ -78,6 +78,7 @@ def comparison_page(first: RunRecord, second: RunRecord) -> str:
             (f"{change.stage} · {name}", name, spread)
             for change in comparison.changes
             for name, spread in (("first", change.first), ("second", change.second))
+            if change.first.high or change.second.high
         ]
         body.append(
             f"<section><h2>{text(_title(comparison))}</h2>{_plot(rows, highest)}"
@@ -134,7 +135,7 @@ def _plot(rows: Sequence[tuple[str, str, Spread]], highest: float) -> str:
     height = len(rows) * _ROW + 30
     parts = [
         (
-            f'<svg class="small" viewBox="0 0 {_WIDTH} {height}" role="img" '
+            f'<div class="scroll"><svg class="small" viewBox="0 0 {_WIDTH} {height}" role="img" '
             'aria-label="Seconds per stage and run; the table below has the figures">'
         )
     ]
@@ -146,7 +147,7 @@ def _plot(rows: Sequence[tuple[str, str, Spread]], highest: float) -> str:
         )
     for index, (name, mode, spread) in enumerate(rows):
         parts.append(_row(name, mode, spread, index * _ROW + _ROW / 2, scale))
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def _row(name: str, mode: str, spread: Spread, y: float, scale: float) -> str:
@@ -184,6 +185,8 @@ def _table(summary: Summary) -> str:
     rows: list[list[object]] = [
         [stage, *map(seconds_text, (spread.median, spread.low, spread.high))]
         for stage, spread in summary.seconds.items()
+        # What found nothing to do took no time.
+        if spread.high
     ]
     rate = f" at {size_text(summary.rate.median)}/s" if summary.rate else ""
     failed = f", {summary.failed} failed" if summary.failed else ""

@@ -30,6 +30,7 @@ _HUB = "docker.io/library/"
 _ROWS = 12
 # Columns of a terminal: what stands beside the bar, and from where there is room for more.
 _BESIDE_BAR, _BAR_LEAST, _BAR_MOST, _MEDIUM, _WIDE = 58, 10, 60, 56, 72
+_NAME_LEAST = 12
 _PACE_SECONDS, _PACE_LEAST = 5.0, 1.0
 
 
@@ -164,7 +165,7 @@ class LiveView:
         events = [event for event in self._events.values() if event.reference == reference]
         ended = next((e for e in events if e.kind == "image" and e.is_final), None)
         work = [event for event in events if event.kind in _PHASES]
-        head = self._head(reference, events, work, ended)
+        head = self._head(reference, events, work, ended, width)
         active = [event for event in work if not event.is_final and event.status != "waiting"]
         if not active or ended:
             return Group(head)
@@ -176,29 +177,34 @@ class LiveView:
         return Group(head, table)
 
     def _head(
-        self, reference: str, events: list[Event], work: list[Event], ended: Event | None
+        self,
+        reference: str,
+        events: list[Event],
+        work: list[Event],
+        ended: Event | None,
+        width: int,
     ) -> Text:
         from rich.text import Text
 
         state = _state(events, ended)
-        head = Text.assemble(
-            (f"{escape(reference.removeprefix(_HUB))}  ", "bold"),
-            (state, "red" if state == "failed" else "green" if ended else "cyan"),
-            no_wrap=True,
-            overflow="ellipsis",
-        )
-        if ended:
-            head.append(f"  {seconds_text(ended.completed - min(e.started for e in events))}")
-            return head
+        tail = Text(f"  {state}", "red" if state == "failed" else "green" if ended else "cyan")
         current, total = (sum(e.current for e in work), sum(e.total for e in work))
-        if total:
-            head.append(f"  {100 * current // total}%")
+        if ended:
+            took = ended.completed - min(e.started for e in events)
+            tail.append(f"  {seconds_text(took)}", style="default")
+        elif total:
+            tail.append(f"  {100 * current // total}%", style="default")
             pace = self._paces.setdefault(reference, Pace())
             pace.note(max(event.time for event in work), current)
             left = pace.seconds_for(total - current)
-            if left is not None:
-                head.append(f"  about {left_text(left)} left", style="dim")
-        return head
+            if left is not None and width >= _MEDIUM:
+                tail.append(f"  about {left_text(left)} left", style="dim default")
+        name = escape(reference.removeprefix(_HUB))
+        room = max(_NAME_LEAST, width - tail.cell_len)
+        if len(name) > room:
+            # How far it is says more than the registry's name.
+            name = f"…{name[1 - room :]}"
+        return Text.assemble((name, "bold"), tail, no_wrap=True, overflow="ellipsis")
 
 
 class Pace:

@@ -25,12 +25,14 @@ body { margin: 0 auto; padding: 1.5rem; max-width: 76rem; background: var(--pape
 h1 { font-size: 1.5rem; margin: 0 0 .25rem; }
 h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere; }
 p { margin: .25rem 0 1rem; } .dim { color: var(--dim); }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-caption { text-align: left; white-space: nowrap; color: var(--dim); padding-bottom: .25rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums;
+  min-width: min(22rem, 100%); }
+caption { text-align: left; color: var(--dim); padding-bottom: .25rem; }
 th, td { padding: .2rem .9rem .2rem 0; text-align: right; border-bottom: 1px solid var(--line);
   white-space: nowrap; } th:first-child, td:first-child { text-align: left; }
 td.wide { white-space: normal; overflow-wrap: anywhere; text-align: left; }
-.scroll { overflow-x: auto; } code { font: .92em ui-monospace, monospace; }
+.scroll { overflow-x: auto; } .scroll > svg { min-width: 38rem; }
+code { font: .92em ui-monospace, monospace; }
 svg { display: block; width: 100%; max-width: 68rem; height: auto; }
 svg.small { max-width: 48rem; } svg text { fill: var(--ink); font-size: 12px; }
 svg .axis { stroke: var(--line); } svg text.dim { fill: var(--dim); }

@@ -89,7 +89,7 @@ def _picture(run: Run, spans: list[Span]) -> str:
     height = top + len(spans) * _ROW + 26
     parts = [
         (
-            f'<svg viewBox="0 0 {_WIDTH} {height}" role="group" '
+            f'<div class="scroll"><svg viewBox="0 0 {_WIDTH} {height}" role="group" '
             f'aria-label="Timeline of {text(run.reference)}, {len(spans)} bars">'
         )
     ]
@@ -102,7 +102,7 @@ def _picture(run: Run, spans: list[Span]) -> str:
     parts.append(graph)
     for index, span in enumerate(spans):
         parts.append(_bar(span, begin, scale, top + index * _ROW))
-    return "".join([*parts, "</svg>"])
+    return "".join([*parts, "</svg></div>"])
 
 
 def _graph(spans: list[Span], begin: float, scale: float) -> str:

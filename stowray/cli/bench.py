@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
-from stowray.cli.observe import metrics_option, observe_bench
+from stowray.cli.observe import OUTPUT_FILE, metrics_option, observe_bench
 
 if TYPE_CHECKING:
     from stowray.bench_runs import Mode
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from stowray.log import Log
     from stowray.pipeline.run_record import Run, RunRecord
 
-_OUT = click.Path(dir_okay=False, path_type=Path)
 _IN = click.Path(dir_okay=False, exists=True, path_type=Path)
 
 
@@ -34,8 +33,8 @@ _IN = click.Path(dir_okay=False, exists=True, path_type=Path)
 @click.option("--cold", is_flag=True, help="Only into empty stores.")
 @click.option("--warm", is_flag=True, help="Only where everything is here already.")
 @click.option("--disk", metavar="DIR", help="Where the stores are made; default: beside --store.")
-@click.option("--record", metavar="FILE", type=_OUT, help="Keep all figures in FILE.")
-@click.option("--html", metavar="FILE", type=_OUT, help="Also draw the figures into FILE.")
+@click.option("--record", metavar="FILE", type=OUTPUT_FILE, help="Keep all figures in FILE.")
+@click.option("--html", metavar="FILE", type=OUTPUT_FILE, help="Also draw the figures into FILE.")
 @metrics_option
 @click.option(
     "--compare",

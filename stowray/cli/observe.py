@@ -25,7 +25,22 @@ if TYPE_CHECKING:
     from stowray.pipeline.result import PullResult
     from stowray.pipeline.run_record import Recorder, Run, RunRecord
 
-_FILE = click.Path(dir_okay=False, path_type=Path)
+
+class OutputFile(click.Path):
+    """A file to write when the work is done: that there is no place for it is known before."""
+
+    def __init__(self) -> None:
+        super().__init__(dir_okay=False, path_type=Path)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path:
+        """Return the path; a usage error where its directory does not exist."""
+        path = Path(os.fsdecode(super().convert(value, param, ctx)))
+        if not path.absolute().parent.is_dir():
+            self.fail(f"{path}: its directory does not exist", param, ctx)
+        return path
+
+
+OUTPUT_FILE = OutputFile()
 
 
 def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -34,7 +49,7 @@ def observe_options(function: Callable[..., Any]) -> Callable[..., Any]:
     # For `bench`, whose pulls are not to add to what the settings say.
     function = click.option("--no-metrics", is_flag=True, hidden=True)(function)
     return click.option(
-        "--record", metavar="FILE", type=_FILE, help="Keep a run record for `stowray trace`."
+        "--record", metavar="FILE", type=OUTPUT_FILE, help="Keep a run record for `stowray trace`."
     )(function)
 
 
@@ -165,7 +180,10 @@ class Observer:
 def metrics_option(function: Callable[..., Any]) -> Callable[..., Any]:
     """Give a command the option of a file with figures."""
     return click.option(
-        "--metrics", metavar="FILE", type=_FILE, help="Add up figures in FILE, for Prometheus."
+        "--metrics",
+        metavar="FILE",
+        type=OUTPUT_FILE,
+        help="Add up figures in FILE, for Prometheus.",
     )(function)
 
 

@@ -71,8 +71,17 @@ class Running:
 
     def make(self, plan: PrewarmPlan, file: Path | None, lock: Path | None, *, watch: bool) -> Run:
         """Return the run of ``plan``; it is closed when this is left."""
+        from stowray.actors.connect import passed_over
         from stowray.job import make_run
 
+        other = passed_over(self._context.settings)
+        if other:
+            self._context.log(
+                "warning",
+                "address",
+                f"a Ray runs here at {other} and is not used: --address auto takes its nodes",
+                address=other,
+            )
         return self.take(
             make_run(
                 plan,

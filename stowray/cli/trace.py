@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import click
 
 from stowray.cli.context import command
+from stowray.cli.observe import OUTPUT_FILE
 
 if TYPE_CHECKING:
     from stowray.cli.context import Context
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     "-o",
     "--output",
     metavar="FILE",
-    type=click.Path(dir_okay=False, path_type=Path),
+    type=OUTPUT_FILE,
     help="Where it goes; default: stdout.",
 )
 def trace_command(context: Context, record: Path, form: str | None, output: Path | None) -> int:

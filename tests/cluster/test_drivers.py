@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stowray.actors import processes, scratch, session
+from stowray.actors import processes, scratch, session, session_state
 from stowray.actors.embedded import started_below
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.engine import LocalEngine, PullOptions
@@ -222,7 +222,7 @@ def test_a_dead_head_ends_the_driver_with_a_sentence(
 @pytest.fixture
 def own_session(
     here: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[session.Session]:
+) -> Iterator[session_state.Session]:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(here))
     monkeypatch.setenv("TMPDIR", str(temporary))
     started = session.start(Settings(node="here"))
@@ -232,7 +232,7 @@ def own_session(
 
 
 def test_a_session_serves_commands_and_is_ended_by_pid(
-    own_session: session.Session,
+    own_session: session_state.Session,
     drive: Callable[..., Driver],
     here: Path,
     registry: FakeRegistry,
@@ -270,11 +270,11 @@ def test_a_session_serves_commands_and_is_ended_by_pid(
     assert stopped.state == "none"
     assert [process for process in everything if process.is_alive] == []
     assert not Path(own_session.directory).exists()
-    assert session.find_session(session.state_folder()) is None
+    assert session_state.find_session(session_state.state_folder()) is None
 
 
 def test_a_pause_holds_for_pulls_of_one_store_through_one_session_and_for_no_other_store(
-    own_session: session.Session,
+    own_session: session_state.Session,
     drive: Callable[..., Driver],
     here: Path,
     registry: FakeRegistry,
@@ -306,7 +306,7 @@ def test_a_pause_holds_for_pulls_of_one_store_through_one_session_and_for_no_oth
 
 
 def test_a_pull_through_a_session_leaves_the_figures_of_a_local_one(
-    own_session: session.Session, here: Path, registry: FakeRegistry
+    own_session: session_state.Session, here: Path, registry: FakeRegistry
 ) -> None:
     """Bytes by source, stages, retries, the log's events and the record's spans."""
     registry.add_image("a/b", "1", [archive(file("f", b"x")), archive(file("g", b"y"))])
@@ -372,13 +372,13 @@ def test_a_session_that_is_not_up_in_time_leaves_nothing(
 
 
 def test_a_session_whose_host_was_killed_is_replaced_and_an_idle_one_ends(
-    own_session: session.Session, until: Callable[[Callable[[], bool]], None]
+    own_session: session_state.Session, until: Callable[[Callable[[], bool]], None]
 ) -> None:
     everything = processes.descendants(own_session.host.pid)
     own_session.host.send(signal.SIGKILL)
     until(lambda: not any(process.is_alive for process in workers(everything)))
     assert session.status(Settings()).state == "dead"
-    assert not session.is_warm(Settings())
+    assert not session_state.is_warm(Settings())
     again = session.start(Settings(node="here"), idle_seconds=1.0)
     assert again.session is not None
     assert again.session.host != own_session.host

@@ -20,8 +20,7 @@ from pathlib import Path
 from tests.support.armed.sitecustomize import ORDER, STORES
 from tests.support.command import COMMAND_SECONDS, Stowray
 from tests.support.entries import directory, file, hardlink, opaque, symlink, whiteout
-from tests.support.interpose import locked_elsewhere
-from tests.support.invariants import age, check_store, trees_of
+from tests.support.invariants import age, check_store, trees_of, wait_quiet
 from tests.support.registry import FakeRegistry, incompressible
 from tests.support.stacks import tar_bytes
 
@@ -48,7 +47,6 @@ POINTS = (
 )
 ACTORS = ("NodeActor", "FetchActor", "UnpackActor", "ResolverActor", "ProgressActor")
 WRITERS = ACTORS[:4]
-QUIET_SECONDS = 60.0
 # The pull was done after all, or a node could not do it.
 ENDS = (0, 6)
 
@@ -138,7 +136,7 @@ class ActorKills:
         assert status in allowed, f"{what}: the pull ends with {status}: {text[-3000:]}"
         self.ends[victim or "nobody", where, status] += 1
         if command.store.exists():
-            self._wait_quiet(command.store)
+            wait_quiet(command.store)
             check_store(command.store, self.trees)
         command.run("pull", self.reference)
         check_store(command.store, self.trees)
@@ -147,16 +145,6 @@ class ActorKills:
         check_store(command.store, self.trees, finished=True)
         assert trees_of(command.store) == self.trees, what
         shutil.rmtree(command.store.parent)
-
-    def _wait_quiet(self, store: Path) -> None:
-        """Wait until whoever worked for the pull that has ended has let go of the store."""
-        end = time.monotonic() + QUIET_SECONDS
-        while time.monotonic() < end:
-            places = [*store.glob("locks/*.lock"), *store.glob("ingest/*/lock")]
-            with suppress(FileNotFoundError):
-                if not any(map(locked_elsewhere, places)):
-                    return
-            time.sleep(0.02)
 
 
 def actors_of(mark: str) -> dict[int, str]:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import stat
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from tests.support.interpose import locked_elsewhere
@@ -224,6 +225,23 @@ def _check_index(
 def _check_locks(store: Path, problems: list[str]) -> None:
     places = [*(store / "locks").iterdir(), *(store / "ingest").glob("*/lock")]
     problems += [f"{path} is held" for path in places if locked_elsewhere(path)]
+
+
+def wait_quiet(store: Path, seconds: float = 60.0) -> None:
+    """Wait until nobody holds a lock: a session works on for a moment for a pull that has ended.
+
+    What is held for longer is :func:`check_store`'s to tell.
+    """
+    import time
+
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        problems: list[str] = []
+        with suppress(FileNotFoundError):
+            _check_locks(store, problems)
+            if not problems:
+                return
+        time.sleep(0.02)
 
 
 def _check_finished(store: Path, problems: list[str]) -> None:

@@ -35,6 +35,12 @@ def test_choice(row: dict[str, Any]) -> None:
     assert (chosen.scheme if chosen else None) == row["use"]
 
 
+def test_a_bearer_without_a_realm_makes_room_for_another_one() -> None:
+    basic, bearer = 'Basic realm="x"', 'Bearer realm="https://a/t"'
+    assert [one.scheme for one in map(choose, map(parse, (["Bearer", basic],))) if one] == ["basic"]
+    assert choose(parse(["Bearer", bearer])) == parse([bearer])[0]
+
+
 def test_two_challenges_in_one_header_keep_their_realms() -> None:
     header = 'Bearer realm="https://a/t", service="s", Basic realm="x", charset="UTF-8"'
     bearer, basic = parse([header])

@@ -175,6 +175,27 @@ def test_records_are_compared(cli, registry: FakeRegistry, tmp_path: Path) -> No
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("bench", "--record"),
+        ("bench", "--html"),
+        ("bench", "--metrics"),
+        ("pull", "--record"),
+        ("pull", "--metrics"),
+        ("prewarm", "--metrics"),
+    ],
+)
+def test_a_file_that_has_no_place_is_told_before_the_work(
+    cli, registry: FakeRegistry, tmp_path: Path, words: tuple[str, str]
+) -> None:
+    status, out, err = cli(*words, tmp_path / "none" / "file", f"{registry.host}/a/b:1")
+    assert (status, out) == (2, "")
+    assert "its directory does not exist" in err
+    assert registry.requests == []
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("arguments", [(), ("Not A Reference",)])
 def test_bad_usage_measures_nothing(cli, arguments: tuple[str, ...]) -> None:
     assert cli("bench", *arguments)[0] == 2

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +12,15 @@ from stowray.cli.app import run
 from stowray.cli.context import Context
 from stowray.cli.look import plan_command
 from stowray.cli.prewarm import Outputs, _overrides, prewarm_command, tell
+from stowray.cli.running import Running
 from stowray.pipeline.errors import UsageError
-from stowray.pipeline.prewarm_plan_file import load_plan
+from stowray.pipeline.prewarm_plan_file import load_plan, wishes
 from stowray.pipeline.prewarm_report import PrewarmReport
 from tests.support.prewarm import make_report, make_spans
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from stowray.pipeline.prewarm_plan import PrewarmPlan
 
 EXAMPLE = Path(__file__).parents[2] / "configs" / "prewarm.toml"
@@ -158,3 +163,61 @@ def test_status_answers_with_the_table(capsys: pytest.CaptureFixture[str]) -> No
     report = make_report(["a"], IMAGES, status="missing", command="status")
     assert tell(Context(), report, Outputs([], None)) == 3
     assert capsys.readouterr().out.splitlines()[1].split() == ["a", "missing", "missing", "missing"]
+
+
+@pytest.fixture
+def ray_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """What `ray start` leaves on a node: its address in a file, and somebody who answers there."""
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    (tmp_path / "ray").mkdir()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        (tmp_path / "ray" / "ray_current_cluster").write_text(f"{address}\n")
+        yield server
+
+
+def warned(capsys: pytest.CaptureFixture[str], **options: str) -> str:
+    """Return what is said when a run is made that nobody runs."""
+    context = Context()
+    context.merge(options)
+    with Running(context) as running:
+        running.make(load_plan(None, references=wishes(IMAGES)), None, None, watch=False)
+    return capsys.readouterr().err
+
+
+def test_a_ray_beside_which_a_private_one_is_taken_is_told_of(
+    ray_here: socket.socket, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    port = ray_here.getsockname()[1]
+    said = warned(capsys)
+    assert f"a Ray runs here at 127.0.0.1:{port}" in said
+    assert "--address auto" in said
+    assert warned(capsys, address="auto") == ""
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert warned(capsys) == ""
+
+
+@pytest.mark.parametrize(
+    "text", ["", "nonsense", "\x1b[2J:1", "127.0.0.1:99999999", "fifo", "none"]
+)
+def test_what_names_no_ray_that_answers_is_passed_over(
+    ray_here: socket.socket, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    file = tmp_path / "ray" / "ray_current_cluster"
+    if text in ("fifo", "none"):
+        file.unlink()
+    else:
+        file.write_text(text)
+    if text == "fifo":
+        os.mkfifo(file)
+    assert warned(capsys) == ""
+
+
+def test_a_ray_that_has_ended_is_passed_over(
+    ray_here: socket.socket, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ray_here.close()
+    assert warned(capsys) == ""

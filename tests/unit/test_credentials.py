@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import pickle
 import threading
 from pathlib import Path
@@ -77,6 +78,19 @@ def test_a_usual_place_without_the_login_leads_to_the_next(tmp_path: Path) -> No
     write(tmp_path / "home/.docker/config.json", {"auths": {"r.example": auth("u", "p")}})
     environment = {"XDG_RUNTIME_DIR": str(tmp_path / "run"), "HOME": str(tmp_path / "home")}
     assert Credentials(environment).find("r.example") == Credential("u", "p")
+
+
+def test_without_a_runtime_directory_podman_writes_below_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("stowray.pipeline.credentials.RUN", tmp_path / "run")
+    place = tmp_path / "run" / "containers" / str(os.getuid()) / "auth.json"
+    write(place, {"auths": {"r.example": auth("root", "p")}})
+    write(tmp_path / "home/.docker/config.json", {"auths": {"r.example": auth("docker", "p")}})
+    environment = {"HOME": str(tmp_path / "home")}
+    assert Credentials(environment).find("r.example") == Credential("root", "p")
+    environment["XDG_RUNTIME_DIR"] = str(tmp_path / "elsewhere")
+    assert Credentials(environment).find("r.example") == Credential("docker", "p")
 
 
 def test_a_named_file_shuts_out_the_usual_places(tmp_path: Path) -> None:
@@ -201,6 +215,30 @@ def test_helpers_of_the_host_before_the_store_before_entries(tmp_path: Path) -> 
     )
     assert credentials.find("r.example") == Credential("one", "s")
     assert credentials.find("s.example") == Credential("all", "s")
+
+
+def test_an_empty_helper_exempts_a_host_from_the_store(tmp_path: Path) -> None:
+    helper(tmp_path / "bin", "all", "exit 1")
+    document = {
+        "credsStore": "all",
+        "credHelpers": {"r.example": ""},
+        "auths": {"r.example": auth("plain", "p")},
+    }
+    assert with_helpers(tmp_path, document).find("r.example") == Credential("plain", "p")
+
+
+def test_a_helper_that_never_stops_talking_is_given_up(tmp_path: Path) -> None:
+    helper(tmp_path / "bin", "talks", "exec yes")
+    credentials = with_helpers(tmp_path, {"credHelpers": {"r.example": "talks"}})
+    with pytest.raises(UnauthorizedError, match="too much"):
+        credentials.find("r.example")
+
+
+def test_a_helper_that_left_a_child_behind_has_answered(tmp_path: Path) -> None:
+    answer = json.dumps({"Username": "u", "Secret": "p"})
+    helper(tmp_path / "bin", "forks", f"cat >/dev/null; sleep 30 & echo '{answer}'")
+    credentials = with_helpers(tmp_path, {"credHelpers": {"r.example": "forks"}})
+    assert credentials.find("r.example") == Credential("u", "p")
 
 
 def test_a_helper_is_told_the_server_on_stdin_and_runs_once(tmp_path: Path) -> None:

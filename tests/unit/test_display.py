@@ -6,6 +6,7 @@ import os
 import pty
 import subprocess
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -52,6 +53,21 @@ def test_a_picture_keeps_to_its_terminal(width: int) -> None:
     assert ("50.0 MiB / 100.0 MiB" in lines[1]) is (width >= 60)
     # Two seconds at work, ten in a queue.
     assert ("25.0 MiB/s" in lines[1]) is (width >= 80)
+
+
+@pytest.mark.parametrize("width", [40, 80])
+def test_a_long_name_leaves_room_for_how_far_it_is(width: int) -> None:
+    name = "registry.example:5000/team/some/long/name/application:2026.11-release"
+    work = replace(at_work(50 << 20), reference=name)
+    (line, _) = picture(width, replace(RESOLVED, reference=name), work)
+    assert len(line) <= width
+    assert line.startswith("…")
+    assert line.endswith("2026.11-release  pulling  50%")
+    done = Event(9.0, name, "n", name, "image", "done", started=0.5, completed=9.0)
+    (line,) = picture(40, work, done)
+    assert line.startswith("…")
+    assert line.endswith("2026.11-release  done  9.00 s")
+    assert len(line) <= 40
 
 
 def test_names_cannot_steer_the_terminal() -> None:

@@ -81,6 +81,7 @@ def test_the_path_of_the_api(url: str, override: bool, path: str) -> None:
         ('capabilities = ["pull"]', {"pull"}),
         ('capabilities = ["Pull", "RESOLVE"]', {"pull", "resolve"}),
         ('capabilities = ["push"]', {"push"}),
+        ('capabilities = ["pull", "referrers"]', {"pull", "referrers"}),
     ],
 )
 def test_capabilities(line: str, capabilities: frozenset[str]) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from stowray.pipeline import range_plan
+from stowray.pipeline import lanes, range_plan
 from stowray.pipeline.clock import Clock
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
@@ -17,6 +17,7 @@ from stowray.pipeline.errors import CancelledError, StorageError, UnavailableErr
 from stowray.pipeline.fetch import Fetched, Fetcher
 from stowray.pipeline.host_records import LIFE_SECONDS, HostRecords
 from stowray.pipeline.ingest import Ingest
+from stowray.pipeline.lanes import Lanes
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.registry import Registry
 from stowray.pipeline.settings import RegistrySettings
@@ -296,6 +297,37 @@ def test_a_host_without_ranges_sends_what_is_here_again(bench: Bench) -> None:
     assert bench.holds
     # Once was enough to learn it.
     assert bench.fake.count("/blobs/") == 2
+
+
+def test_no_lane_begins_when_the_first_has_given_up(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.know()
+    begun = Lanes._open
+    late: list[Lanes] = []
+
+    def begin(self: Lanes) -> None:
+        # The others would make room for one another, and the fetch would last as long.
+        if self._has_given_up:
+            late.append(self)
+        begun(self)
+
+    shares: dict[int, int] = {}
+
+    def pause(_low: float, _high: float) -> float:
+        # The first gives up at once, the others one after the other.
+        if threading.current_thread().name != "lane":
+            return 0.0
+        return 0.2 * shares.setdefault(threading.get_ident(), len(shares) + 1)
+
+    monkeypatch.setattr(Lanes, "_open", begin)
+    monkeypatch.setattr(lanes, "uniform", pause)
+    bench.fake.fault("/blobs/", Fault(cut="reset", after=4 * MIB, trickle=SLOW.trickle))
+    bench.fake.fault("/blobs/", Fault(), Fault(), Fault())
+    bench.fake.fault("/blobs/", Fault(status=503), repeat=True)
+    with pytest.raises(UnavailableError):
+        bench.fetch()
+    assert late == []
 
 
 def test_the_registry_dies_in_mid_blob(bench: Bench) -> None:

@@ -388,10 +388,14 @@ def test_a_login_does_not_come_back_with_a_redirect(fake: FakeRegistry, login: L
     registry = login({fake.host: entry()})
     fetch(registry, fake)
     path = f"/v2/{NAME}/blobs/{BLOB.digest}"
-    fake.fault("/blobs/", Fault(status=307, headers=(("Location", f"http://{fake.cdn_host}/x"),)))
-    fake.fault("/x", Fault(status=307, headers=(("Location", f"{fake.url}{path}"),)))
+    away = Fault(status=307, headers=(("Location", f"http://{fake.cdn_host}/x"),))
+    back = Fault(status=307, headers=(("Location", f"{fake.url}{path}"),))
+    # Twice, as the registry is asked for another redirect when the first led to a 401.
+    fake.fault("/blobs/", *(away, Fault(), Fault()) * 2)
+    fake.fault("/x", back, back)
     with pytest.raises((UnauthorizedError, RegistryError)):
         fetch(registry, fake)
+    assert fake.count("/x") == 2
     # The side that it was led back by may have made the URL: only nobody's token is risked.
     sent = [request.authorization for request in fake.seen("/blobs/")[-2:]]
     assert sent[0] is None

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from stowray.pipeline.node_limits import Kind
+
 HOST = "registry.example:5000"
 
 
@@ -184,6 +186,37 @@ def test_documents_are_limited_together(make: Callable[..., NodeLimits]) -> None
         other.acquire(HOST, document=True, cancelled=iter([False, True]).__next__)
     held[0]()
     other.acquire(HOST, document=True)()
+
+
+class PausedMeanwhile(NodeLimits):
+    """Whoever had a permit before was asked for a pause just before it gave the permit back."""
+
+    seconds = 0.0
+
+    def permit(self, host: str, kind: Kind, limit: int) -> Callable[[], None] | None:
+        release = super().permit(host, kind, limit)
+        if release is not None:
+            self.pause(host, self.seconds)
+            self.seconds = 0.0
+        return release
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_permit_that_comes_with_a_pause_is_not_used(
+    make: Callable[..., NodeLimits], tmp_path: Path, waits: bool
+) -> None:
+    held = make().permit(HOST, "blobs", 1) if waits else None
+    limits = PausedMeanwhile(tmp_path / "hosts")
+    limits.seconds = 0.5
+    if held is not None:
+        threading.Timer(0.2, held).start()
+    begun = time.monotonic()
+    limiter = Limiter(1, shared=[limits])
+    limiter.acquire(HOST, document=False)()
+    assert time.monotonic() - begun >= (0.7 if waits else 0.5)
+    # The one that was not used is not lost either.
+    limiter.acquire(HOST, document=False)()
+    limits.close()
 
 
 HOLDER = """

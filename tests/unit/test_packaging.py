@@ -54,3 +54,20 @@ def test_the_wheel_suits_every_python_that_is_here(tmp_path: Path) -> None:
             timeout=60,
         )
         assert said.stdout.strip() == version, name
+
+
+def test_notices_have_every_package_once_and_no_word_for_what_is_not_there() -> None:
+    made = runpy.run_path(str(ROOT / "release" / "dist.py"))["notices"]
+    about = {"Version": "1", "License": "MIT", "URL": "https://x.example", "NoticeText": "UNKNOWN"}
+    text = made(
+        [
+            {**about, "Name": "b", "LicenseText": "Permission is granted\n"},
+            {**about, "Name": "A", "LicenseText": "UNKNOWN", "NoticeText": "Made by A"},
+            {**about, "Name": "c", "LicenseText": "UNKNOWN"},
+        ]
+    )
+    assert "UNKNOWN" not in text
+    heads = [part.strip().splitlines()[0] for part in text.split("-" * 80)]
+    assert heads == ["A 1", "b 1", "c 1"]
+    for said in ("Permission is granted", "Made by A", "ships no text of its licence"):
+        assert text.count(said) == 1

@@ -55,6 +55,11 @@ def test_what_is_no_http_proxy_is_refused(value: str) -> None:
         Proxies.read({"HTTPS_PROXY": value})
 
 
+def test_a_refusal_names_the_variable_that_is_wrong() -> None:
+    with pytest.raises(UsageError, match="ALL_PROXY"):
+        Proxies.read({"HTTPS_PROXY": PROXY, "ALL_PROXY": "socks5://proxy:1080"})
+
+
 def test_a_refusal_does_not_show_the_password() -> None:
     with pytest.raises(UsageError) as caught:
         Proxies.read({"HTTPS_PROXY": "socks5://u:hunter2@proxy:1080"})

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import os
 import threading
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,8 @@ import pytest
 
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import StorageError
+from stowray.pipeline.leases import LOCK
+from stowray.pipeline.records import write_record
 from stowray.pipeline.references import (
     derive_index,
     pin_reference,
@@ -159,6 +162,34 @@ def test_records_outlive_a_reboot(store: Store) -> None:
     store.record_reference(known)
     with Store.open(store.path, boot=NEXT_BOOT) as other:
         assert other.references() == [known]
+
+
+def test_a_pin_waits_for_a_collector_and_brings_nothing_back(store: Store) -> None:
+    kept = record(ONE, "docker.io/library/a:1")
+    store.record_reference(kept)
+    with ThreadPoolExecutor(1) as pool:
+        with store.lock(LOCK, wait_seconds=60.0):
+            # As a collector that has chosen the image already.
+            pinning = pool.submit(pin_reference, store, kept.reference)
+            wait([pinning], timeout=0.3)
+            remove_records(store, [kept])
+        assert pinning.result(60) == 0
+    assert references(store) == []
+    assert index(store) == []
+
+
+def test_a_pin_that_comes_while_an_image_is_recorded_anew_stays(store: Store) -> None:
+    known = record(ONE, "docker.io/library/a:1")
+    moved = record(TWO, "docker.io/library/a:1")
+    store.record_reference(known)
+    with ThreadPoolExecutor(1) as pool:
+        with store.lock("refs", wait_seconds=60.0):
+            recording = pool.submit(store.record_reference, moved)
+            wait([recording], timeout=0.3)
+            path = record_path(store, known.reference, known.platform)
+            write_record(path, replace(known, pinned=True).payload(), store.trust.stamp())
+        recording.result(60)
+    assert [(each.manifest, each.pinned) for each in references(store)] == [(TWO, True)]
 
 
 def test_threads_lose_no_image(store: Store) -> None:

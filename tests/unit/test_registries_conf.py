@@ -180,6 +180,17 @@ def test_mirror_by_digest_only_holds_for_all_mirrors() -> None:
             "mirror-by-digest-only",
             id="both kinds of use",
         ),
+        pytest.param(
+            "[[registry]]\nlocation = 'a.io'\nblocked = true\n"
+            "[[registry]]\nprefix = 'a.io'\nlocation = 'b.io'",
+            "a.io",
+            id="blocked and not",
+        ),
+        pytest.param(
+            "[[registry]]\nlocation = 'a.io'\n[[registry]]\nlocation = 'a.io'\ninsecure = true",
+            "insecure",
+            id="insecure and not",
+        ),
     ],
 )
 def test_what_cannot_be_understood_is_named(text: str, named: str) -> None:
@@ -187,6 +198,12 @@ def test_what_cannot_be_understood_is_named(text: str, named: str) -> None:
         parse_conf(text, "the-file")
     assert named in str(caught.value)
     assert "the-file" in str(caught.value)
+
+
+def test_of_two_entries_of_one_file_the_first_counts() -> None:
+    text = "[[registry]]\nprefix = 'a.io'\nlocation = '{}'\n"
+    (entry,) = parse_conf(text.format("b.io") + text.format("c.io"), "file")
+    assert entry.location == "b.io"
 
 
 def test_what_is_not_about_places_is_left_alone() -> None:

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING
 import pytest
 
 import stowray
-from stowray.actors import processes, session
+from stowray.actors import processes, session, session_state
 from stowray.actors.processes import Process
-from stowray.actors.session import Session
+from stowray.actors.session_state import Session
 from stowray.pipeline.clock import Boot
 from stowray.pipeline.errors import StorageError
 from stowray.pipeline.settings import Settings
@@ -45,7 +45,7 @@ def start() -> Iterator[Callable[[], subprocess.Popen[bytes]]]:
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    path = session.state_folder()
+    path = session_state.state_folder()
     path.mkdir(0o700)
     return path
 
@@ -68,7 +68,7 @@ def describe(
         directory=str(folder / "gone"),
         door=str(folder / "gone" / "door"),
         version=stowray.__version__,
-        protocol=session.PROTOCOL,
+        protocol=session_state.PROTOCOL,
         python=sys.executable,
         boot_id=Boot.read().boot_id,
         pid_namespace=processes.pid_namespace(),
@@ -80,11 +80,11 @@ def describe(
 
 def test_what_is_written_is_found_again_and_private(folder: Path) -> None:
     written = describe(folder, Process.own(), Process(1, 2, "a (b) c"))
-    session.write_state(folder, written)
-    path = session.state_path(folder)
-    assert session.find_session(folder) == written
+    session_state.write_state(folder, written)
+    path = session_state.state_path(folder)
+    assert session_state.find_session(folder) == written
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
-    assert session.is_warm(SETTINGS)
+    assert session_state.is_warm(SETTINGS)
 
 
 @pytest.mark.parametrize(
@@ -100,17 +100,17 @@ def test_what_is_written_is_found_again_and_private(folder: Path) -> None:
     ],
 )
 def test_an_unreadable_state_is_no_session(folder: Path, text: bytes) -> None:
-    session.state_path(folder).write_bytes(text)
-    assert session.find_session(folder) is None
-    assert not session.is_warm(SETTINGS)
+    session_state.state_path(folder).write_bytes(text)
+    assert session_state.find_session(folder) is None
+    assert not session_state.is_warm(SETTINGS)
     assert session.status(SETTINGS).state == "none"
     session.stop(SETTINGS)
 
 
 def test_a_folder_that_others_may_write_to_is_not_believed(folder: Path) -> None:
-    session.write_state(folder, describe(folder, Process.own()))
+    session_state.write_state(folder, describe(folder, Process.own()))
     folder.chmod(0o722)
-    assert session.find_session(folder) is None
+    assert session_state.find_session(folder) is None
     with pytest.raises(StorageError, match="others may write there"):
         session.start(SETTINGS)
 
@@ -118,11 +118,11 @@ def test_a_folder_that_others_may_write_to_is_not_believed(folder: Path) -> None
 def test_a_planted_link_or_fifo_is_no_session(folder: Path, tmp_path: Path) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.write_text(json.dumps(describe(folder, Process.own()).to_dict()))
-    session.state_path(folder).symlink_to(elsewhere)
-    assert session.find_session(folder) is None
-    session.state_path(folder).unlink()
-    os.mkfifo(session.state_path(folder))
-    assert session.find_session(folder) is None
+    session_state.state_path(folder).symlink_to(elsewhere)
+    assert session_state.find_session(folder) is None
+    session_state.state_path(folder).unlink()
+    os.mkfifo(session_state.state_path(folder))
+    assert session_state.find_session(folder) is None
 
 
 @pytest.mark.parametrize(
@@ -140,9 +140,9 @@ def test_a_planted_link_or_fifo_is_no_session(folder: Path, tmp_path: Path) -> N
     ],
 )
 def test_what_does_not_fit_is_not_warm(folder: Path, change: Callable[[Session], Session]) -> None:
-    session.write_state(folder, change(describe(folder, Process.own())))
-    assert session.find_session(folder) is not None
-    assert not session.is_warm(SETTINGS)
+    session_state.write_state(folder, change(describe(folder, Process.own())))
+    assert session_state.find_session(folder) is not None
+    assert not session_state.is_warm(SETTINGS)
 
 
 def test_status_tells_running_from_dead(
@@ -152,7 +152,7 @@ def test_status_tells_running_from_dead(
     host = start()
     with socket.create_server(("127.0.0.1", 0)) as listener:
         address = f"127.0.0.1:{listener.getsockname()[1]}"
-        session.write_state(folder, describe(folder, found(host.pid), address=address))
+        session_state.write_state(folder, describe(folder, found(host.pid), address=address))
         assert session.status(SETTINGS).state == "running"
     status = session.status(SETTINGS)
     assert (status.state, status.detail) == ("dead", f"nothing answers at {address}")
@@ -161,7 +161,7 @@ def test_status_tells_running_from_dead(
     status = session.status(SETTINGS)
     assert status.state == "dead"
     assert status.to_dict()["pid"] == host.pid
-    assert session.find_session(folder) is not None, "status must touch nothing"
+    assert session_state.find_session(folder) is not None, "status must touch nothing"
 
 
 def test_stop_ends_the_recorded_processes_and_no_others(
@@ -171,7 +171,7 @@ def test_stop_ends_the_recorded_processes_and_no_others(
     ours = found(host.pid), found(member.pid)
     # The number of a process that has ended may belong to somebody else by now.
     reused = replace(found(stranger.pid), start=found(stranger.pid).start - 1)
-    session.write_state(folder, describe(folder, *ours, reused))
+    session_state.write_state(folder, describe(folder, *ours, reused))
     session.stop(SETTINGS)
     assert not any(process.is_alive for process in ours)
     assert stranger.poll() is None, "A STRANGER WAS ENDED"
@@ -188,7 +188,7 @@ def test_stop_ends_one_that_ignores_sigterm(folder: Path, monkeypatch: pytest.Mo
         assert host.stdout is not None
         host.stdout.readline()
         process = found(host.pid)
-        session.write_state(folder, describe(folder, process))
+        session_state.write_state(folder, describe(folder, process))
         session.stop(SETTINGS)
         assert not process.is_alive
 
@@ -206,7 +206,7 @@ def test_stop_of_another_boots_session_signals_nobody(
     change: Callable[[Session], Session],
 ) -> None:
     bystander = start()
-    session.write_state(folder, change(describe(folder, found(bystander.pid))))
+    session_state.write_state(folder, change(describe(folder, found(bystander.pid))))
     session.stop(SETTINGS)
     assert bystander.poll() is None, "A STRANGER WAS ENDED"
     assert session.status(SETTINGS).state == "none"
@@ -214,17 +214,17 @@ def test_stop_of_another_boots_session_signals_nobody(
 
 def test_a_session_that_ends_leaves_its_successors_state(folder: Path) -> None:
     successor = describe(folder, Process.own())
-    session.write_state(folder, successor)
-    session.remove_state(folder, Process(1, 1))
-    assert session.find_session(folder) == successor
-    session.remove_state(folder, Process.own())
-    assert session.find_session(folder) is None
+    session_state.write_state(folder, successor)
+    session_state.remove_state(folder, Process(1, 1))
+    assert session_state.find_session(folder) == successor
+    session_state.remove_state(folder, Process.own())
+    assert session_state.find_session(folder) is None
 
 
 def test_asking_whether_a_session_is_warm_imports_no_ray(folder: Path) -> None:
     program = (
         "import sys\n"
-        "from stowray.actors.session import is_warm\n"
+        "from stowray.actors.session_state import is_warm\n"
         "from stowray.pipeline.settings import Settings\n"
         "assert not is_warm(Settings())\n"
         "print(*sorted({'ray', 'urllib3', 'msgpack', 'subprocess'} & set(sys.modules)))\n"
@@ -241,9 +241,9 @@ def test_a_session_from_before_there_were_doors_is_found_and_not_used(
     known = describe(folder, found(start().pid))
     fields = {**known.to_dict(), "protocol": 1}
     del fields["door"]
-    session.state_path(folder).write_text(json.dumps(fields))
-    old = session.find_session(folder)
+    session_state.state_path(folder).write_text(json.dumps(fields))
+    old = session_state.find_session(folder)
     assert old is not None
     assert old.is_alive
     assert not old.fits
-    assert session.warm_session() is None
+    assert session_state.warm_session() is None

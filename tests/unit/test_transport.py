@@ -393,9 +393,10 @@ def test_a_proxy_that_wants_another_login() -> None:
     answer = b"HTTP/1.1 407 Proxy Authentication Required\r\nContent-Length: 0\r\n\r\n"
     with _answering(answer) as host:
         transport = Transport(proxies=Proxies.read({"HTTPS_PROXY": f"http://u:hunter2@{host}"}))
-        with pytest.raises(UnavailableError) as caught:
+        with pytest.raises(RegistryError) as caught:
             transport.exchange("GET", "https://registry.example/v2/")
         assert caught.value.code == "PROXY"
+        assert not caught.value.retryable, "the proxy would say the same again"
         assert "407" in str(caught.value)
         assert "hunter2" not in str(caught.value)
         transport.close()
