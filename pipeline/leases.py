@@ -220,18 +220,19 @@ def end_mount_lease(store: Store, mount_point: str) -> int:
 
 def _is_held(path: Path) -> bool:
     """Say whether a live process holds the lease's lock."""
-    try:
-        descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return False
-    try:
-        if not try_lock(descriptor):
-            return True
-        held = not is_current(descriptor, path)  # replaced by its holder while we looked
-        unlock(descriptor)
-        return held
-    finally:
-        os.close(descriptor)
+    with translated(path, "look whether a lease is held"):
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError:
+            return False
+        try:
+            if not try_lock(descriptor):
+                return True
+            held = not is_current(descriptor, path)  # replaced by its holder while we looked
+            unlock(descriptor)
+            return held
+        finally:
+            os.close(descriptor)
 
 
 def _is_over(store: Store, held: Held) -> bool:
