@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from stowray.pipeline.challenge import parse
 from stowray.pipeline.errors import (
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from stowray.pipeline.response import Response
 
+NOT_FOUND_ADVICE: Final = "check name and tag; a private repository may need a login"
 BODY_LIMIT = 64 * 1024
 WARNING_LIMIT = 4096
 TEXT_LIMIT = 4096
@@ -172,7 +173,8 @@ def to_error(refused: Refusal, *, what: str, registry: str, scope: str) -> Stowr
     """Return the error for an answer, by what the caller can do next."""
     detail = " ".join(filter(None, (refused.code, refused.message)))
     if refused.status == 404:
-        return NotFoundError(what, registry)
+        # What a digest names was named by the registry itself, or copied from somewhere.
+        return NotFoundError(what, registry, "" if "@" in what else NOT_FOUND_ADVICE)
     if refused.status in (401, 403) and refused.code not in TEMPORARY_CODES:
         return UnauthorizedError(registry, scope, detail or f"status {refused.status}")
     kind = RegistryError

@@ -77,17 +77,19 @@ class InvalidDigestError(StowrayError):
 
 
 class NotFoundError(StowrayError):
-    """No such manifest, blob, reference or snapshot; fields ``(what, where)``."""
+    """No such manifest, blob, reference or snapshot; fields ``(what, where, advice)``."""
 
     exit_code = 3
 
-    def __init__(self, what: str, where: str) -> None:
-        super().__init__(what, where)
+    def __init__(self, what: str, where: str, advice: str = "") -> None:
+        super().__init__(what, where, advice)
         self.what = what
         self.where = where
+        self.advice = advice
 
     def __str__(self) -> str:
-        return f"{self.what} not found in {self.where}"
+        found = f"{self.what} not found in {self.where}"
+        return f"{found}: {self.advice}" if self.advice else found
 
 
 class PlatformError(StowrayError):

@@ -238,6 +238,7 @@ def test_a_missing_tag_names_reference_and_registry(fake: FakeRegistry, make: Ma
     with pytest.raises(NotFoundError) as caught:
         make().resolve(reference(fake, "none"))
     assert f"{fake.host}/{NAME}:none" in str(caught.value)
+    assert "check name and tag" in str(caught.value)
     assert caught.value.where == fake.host
     assert methods(fake) == ["HEAD"]
 
