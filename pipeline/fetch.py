@@ -339,7 +339,11 @@ def _known(descriptor: Descriptor) -> bytes | None:
 
 
 def places_of(origins: Sequence[Origin], reference: Source) -> tuple[Origin | Place, ...]:
-    """Return all that can be asked for blobs of ``reference``: mirrors each by itself."""
+    """Return all that can be asked for blobs of ``reference``: mirrors each by itself.
+
+    An origin that has several places for it names them by ``places``, nearest first, at last the
+    home; readers go from one to the next in the middle of a blob, and the last one's word counts.
+    """
     found: list[Origin | Place] = []
     for origin in origins:
         # By its method: isinstance() of a protocol costs as much as a small blob's system calls.

@@ -71,17 +71,6 @@ class Place(Protocol):
         """Take note that this host failed its reader, so that others are asked before it."""
 
 
-class Divisible(Protocol):
-    """An origin that has several places for one reference."""
-
-    def places(self, reference: Source) -> tuple[Place, ...]:
-        """Return the places that serve blobs of ``reference``, nearest first, at last the home.
-
-        Readers go from one to the next in the middle of a blob; when all fail, the last one's word
-        counts.
-        """
-
-
 class Origin(Protocol):
     """A place that images come from; every method may be called from several threads."""
 

@@ -114,11 +114,10 @@ class Turns:
                     gone += [(key, entry) for entry in waiting if entry.cancelled()]
                 for key, entry in gone:
                     self._busy[key].remove(entry)
-                if not any(self._busy.values()):
-                    self._is_watching = False
+                self._is_watching = is_needed = any(self._busy.values())
             for key, entry in gone:
                 entry.future.set_exception(CancelledError(" ".join(key)))
-            if not self._is_watching:
+            if not is_needed:
                 return
 
 
