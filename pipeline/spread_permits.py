@@ -55,14 +55,19 @@ class Permits:
         self._clock = clock
         self._lock = threading.Lock()
         self._line: list[_Waiting] = []
+        self._count = 0
 
     def get(self, purpose: str, is_over: Callable[[], bool]) -> Permit | None:
         """Wait for a connection for ``purpose``; None when it ``is_over`` before.
 
         What ``is_over`` raises is passed on.
         """
-        waiting = _Waiting()
         with self._lock:
+            # A name of its own: what this stripe had before may be in use by another one by now,
+            # and the owner would take the question for a renewal.
+            self._count += 1
+            purpose = f"{purpose} {self._count}"
+            waiting = _Waiting()
             self._line.append(waiting)
             self._wake_next()
         got: Permit | None = None

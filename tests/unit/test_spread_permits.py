@@ -145,3 +145,35 @@ def test_an_owner_that_does_not_answer_is_asked_again() -> None:
         wait_until(lambda: len(owner.asked) > 0, "it was asked")
         owner.is_deaf = False
         assert future.result(timeout=60) is not None
+
+
+def test_who_passed_its_permit_on_gets_another_not_the_same_one_again() -> None:
+    """Two stripes once shared one: the owner took the second question for a renewal."""
+    clock = Clock()
+    owner = Owner(clock)
+    permits = Permits(owner, clock)
+    first = permits.get("a", never)
+    assert first is not None
+    over = threading.Event()
+    with ThreadPoolExecutor(4) as pool:
+        for number in range(2):
+            pool.submit(permits.get, f"first in line {number}", over.is_set)
+        wait_until(lambda: len(permits._line) == 2, "two ask the owner")
+        other = pool.submit(permits.get, "b", never)
+        wait_until(lambda: len(permits._line) == 3, "b stands behind them")
+        permits.give_back(first)
+        passed = other.result(timeout=60)
+        assert passed is first
+        over.set()
+        wait_until(lambda: not permits._line, "those before it are gone")
+        again = pool.submit(permits.get, "a", never)
+        asked = len(owner.asked)
+        wait_until(lambda: len(owner.asked) > asked + 1 or again.done(), "a asks, and once more")
+        was_given = again.done()
+        permits.give_back(passed)
+        last = again.result(timeout=60)
+    assert not was_given
+    assert last is not None
+    clock.now += TURN_SECONDS
+    permits.give_back(last)
+    assert owner.book.used == 0
