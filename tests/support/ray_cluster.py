@@ -64,8 +64,14 @@ class RayCluster:
             "RAY_USAGE_STATS_ENABLED": "0",
             "RAY_worker_niceness": "0",
             "RAY_TMPDIR": str(self._temporary),
+            "CONTAINERD_ADDRESS": str(self.containerd),
             **self._variables,
         }
+
+    @property
+    def containerd(self) -> Path:
+        """Where all nodes look for a containerd, which tests start when they need one."""
+        return self._temporary / "containerd" / "containerd.sock"
 
     @property
     def logs(self) -> Path:
