@@ -1,7 +1,8 @@
 """The three standard streams as a command needs them.
 
 Invariant: descriptors 0, 1 and 2 are never a file of the store, also when the caller closed them;
-an answer that cannot be written is an error with an exit status, not a traceback.
+an answer that cannot be written is an error with an exit status, not a traceback. Each line of an
+answer is written before anything else is said: both may go to one file (``> log 2>&1``).
 """
 
 from __future__ import annotations
@@ -64,5 +65,5 @@ def prepare() -> None:
         encoding, errors = before.encoding, before.errors or "strict"
     raw = _Answers(1, "w", closefd=False)
     sys.stdout = io.TextIOWrapper(
-        io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=raw.isatty()
+        io.BufferedWriter(raw), encoding=encoding, errors=errors, line_buffering=True
     )

@@ -393,6 +393,36 @@ def test_an_answer_that_cannot_be_written_is_an_error(words: list[str]) -> None:
     assert b"Traceback" not in done.stderr
 
 
+def test_an_answer_and_what_else_is_said_share_a_file_line_by_line(
+    registry: FakeRegistry, tmp_path: Path
+) -> None:
+    """A line longer than a buffer once lost its end to what was said after it."""
+    registry.add_image("a/tall", "1", [small_tar({f"layer{number}": b""}) for number in range(40)])
+    good, bad = f"{registry.host}/a/tall:1", f"{registry.host}/a/none:1"
+    words = [
+        "--engine",
+        "local",
+        "--store",
+        str(tmp_path / "store"),
+        "--json",
+        "--progress",
+        "none",
+    ]
+    with (tmp_path / "log").open("wb") as log:
+        done = subprocess.run(
+            [sys.executable, "-m", "stowray", *words, "pull", good, bad],
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    assert done.returncode == 1
+    first, second, said = (tmp_path / "log").read_text().splitlines()
+    assert len(first) > io.DEFAULT_BUFFER_SIZE
+    assert json.loads(first)["reference"] == good
+    assert json.loads(second)["reference"] == bad
+    assert said.startswith("stowray: ")
+
+
 def test_closed_streams_are_none_of_the_stores_files(
     tmp_path: Path, registry: FakeRegistry
 ) -> None:
