@@ -44,7 +44,9 @@ def to_containerd(
         [*command, "check", f'name=="{name}"'], seconds=_ASK_SECONDS, cancelled=cancelled
     )
     if asked.status:
-        if "permission denied" not in asked.errors and "dial" in asked.errors:
+        # A ctr of containerd 1 tells that it dialled, one of 2 that there is no such socket.
+        is_absent = "dial" in asked.errors or "no such file" in asked.errors
+        if is_absent and "permission denied" not in asked.errors:
             raise NodeError(
                 f"containerd at {address}",
                 f"does not answer: start it, or name its socket with CONTAINERD_ADDRESS "

@@ -7,6 +7,7 @@ by its process id; sockets, roots and states lie in the folder that the test giv
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import time
 from dataclasses import replace
@@ -100,7 +101,7 @@ address = "{root}/ttrpc.sock"
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env={"PATH": "/usr/sbin:/usr/bin:/sbin:/bin", "HOME": str(root)},
+            env={"PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin", "HOME": str(root)},
         )
     try:
         give_up = time.monotonic() + START_SECONDS
