@@ -141,8 +141,7 @@ class BlobRequests:
         self, stream: RegistryBlob, endpoint: Endpoint, cancelled: Callable[[], bool]
     ) -> RegistryBlob:
         if self._is_metered:
-            host = endpoint.host
-            stream.limit(lambda count: self._client.spend(host, count, cancelled))
+            stream.limit(self._client.meter(endpoint.host, cancelled))
         return stream
 
     def _open_foreign(self, descriptor: Descriptor, cancelled: Callable[[], bool]) -> RegistryBlob:

@@ -7,7 +7,7 @@ encoded bytes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Protocol, Self
 
 from stowray.pipeline.answers import parse_content_range, parse_length
 from stowray.pipeline.errors import RegistryError, SizeMismatchError, UnavailableError
@@ -15,7 +15,6 @@ from stowray.pipeline.redact import host_of
 
 if TYPE_CHECKING:
     import zlib
-    from collections.abc import Callable
 
     from stowray.pipeline.descriptor import Descriptor
     from stowray.pipeline.response import Response
@@ -24,6 +23,21 @@ if TYPE_CHECKING:
 GZIP = b"\x1f\x8b"
 # Enough for a gzip header and the first byte of what it holds, as a rule.
 _PROBE_SIZE = 4096
+
+
+class Meter(Protocol):
+    """What a host's bytes per second are shared by."""
+
+    piece_size: int
+
+    def pay(self, count: int) -> None:
+        """Book ``count`` bytes and wait until they and all that were booked before have had time.
+
+        Raises CancelledError, with the bytes booked.
+        """
+
+    def charge(self, count: int) -> None:
+        """Book ``count`` bytes without waiting: others will."""
 
 
 class RegistryBlob:
@@ -35,11 +49,16 @@ class RegistryBlob:
         self._response = response
         self._decoder: zlib._Decompress | None = None
         self._kept: list[bytes] = []
-        self._spend: Callable[[int], None] | None = None
+        self._meter: Meter | None = None
+        self._owed = 0  # bytes that were handed out and not paid for
 
-    def limit(self, spend: Callable[[int], None]) -> None:
-        """Call ``spend`` with the count of each piece, to wait in it as long as the piece lasts."""
-        self._spend = spend
+    def limit(self, meter: Meter) -> None:
+        """Hand bytes out no faster than ``meter`` lets them through.
+
+        Each piece is paid for before the next one is read: who is cancelled while it waits loses
+        none that has come.
+        """
+        self._meter = meter
 
     @property
     def served_by(self) -> str:
@@ -86,18 +105,17 @@ class RegistryBlob:
 
     def read(self, size: int = 1 << 18) -> bytes:
         """Return what has arrived, at most ``size`` bytes; none at the end."""
+        size = self._pay(size)
         decoder = self._decoder
         piece = self._encoded(size) if decoder is None else self._decoded(decoder, size)
-        if self._spend is not None:
-            self._spend(len(piece))
+        self._owed += len(piece)
         return piece
 
     def read_into(self, buffer: memoryview) -> int:
         """Fill the start of ``buffer`` with what has arrived; 0 at the end."""
         if self._decoder is None and not self._kept:
-            count = self._response.read_into(buffer)
-            if self._spend is not None:
-                self._spend(count)
+            count = self._response.read_into(buffer[: self._pay(len(buffer))])
+            self._owed += count
             return count
         piece = self.read(len(buffer))
         buffer[: len(piece)] = piece
@@ -105,7 +123,19 @@ class RegistryBlob:
 
     def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""
+        if self._meter is not None:
+            self._meter.charge(self._owed)
+            self._owed = 0
         self._response.close()
+
+    def _pay(self, size: int) -> int:
+        """Wait until what came is paid for; return how many of ``size`` bytes may come next."""
+        meter = self._meter
+        if meter is None:
+            return size
+        owed, self._owed = self._owed, 0
+        meter.pay(owed)
+        return min(size, meter.piece_size)
 
     def __enter__(self) -> Self:
         return self

@@ -25,6 +25,7 @@ from stowray.pipeline.endpoint import Endpoint
 from stowray.pipeline.errors import RegistryError, UnauthorizedError, UnavailableError
 from stowray.pipeline.exchange_errors import NOT_TLS
 from stowray.pipeline.exchanges import Answer, Exchanges, RefusedAnswer
+from stowray.pipeline.limiter import HostMeter
 from stowray.pipeline.notices import Notices
 from stowray.pipeline.redact import host_of, public_url
 
@@ -216,9 +217,9 @@ class Client:
         """Return how many requests ``host`` still allows, None when it has not told."""
         return self._notices.quota(host)
 
-    def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
-        """Wait as long as ``count`` more bytes from ``host`` have to last."""
-        self._limiter.spend(host, count, cancelled)
+    def meter(self, host: str, cancelled: Callable[[], bool]) -> HostMeter:
+        """Return what the bytes of one answer of ``host`` are shared by."""
+        return HostMeter(self._limiter, host, cancelled)
 
     def rest(self, host: str) -> float:
         """Return for how many seconds ``host`` has asked to be left alone."""

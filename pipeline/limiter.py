@@ -33,6 +33,9 @@ SHORTEST_LOOK_SECONDS = 0.005
 STOPPED_LOOKS = 50
 # Sleeps shorter than this are put together: they would be inexact and cost more than they save.
 SHORTEST_SLEEP_SECONDS = 0.02
+# Where bytes per second are limited: as much is read at once as the whole line brings in so long.
+PIECE_SECONDS = 1 / 32
+SMALLEST_PIECE = 4096
 
 
 class SharedLimits(Protocol):
@@ -229,9 +232,15 @@ class Limiter:
             state.last_document = now
 
     def spend(self, host: str, count: int, cancelled: Callable[[], bool]) -> None:
-        """Wait until ``count`` bytes more of ``host`` are within its share of the line."""
+        """Book ``count`` bytes more of ``host``; wait until the share of the line is free again."""
+        wait = self.charge(host, count)
+        if wait > SHORTEST_SLEEP_SECONDS:
+            self._sleep(wait, host, cancelled)
+
+    def charge(self, host: str, count: int) -> float:
+        """Book ``count`` bytes more of ``host``; return in how many seconds the line is free."""
         if not self._bytes:
-            return
+            return 0.0
         seconds = count / self._bytes
         with self._changed:
             state = self._hosts.setdefault(host, _Host())
@@ -240,8 +249,12 @@ class Limiter:
             wait = state.paid_until - now
         for shared in self._shared:
             wait = max(wait, shared.book(host, "bytes", seconds) + seconds)
-        if wait > SHORTEST_SLEEP_SECONDS:
-            self._sleep(wait, host, cancelled)
+        return wait
+
+    @property
+    def piece_size(self) -> int:
+        """How many bytes come at once where their rate is limited: small pieces, a steady flow."""
+        return max(SMALLEST_PIECE, int(self._bytes * PIECE_SECONDS))
 
     def pause(self, host: str, seconds: float) -> None:
         """Start no exchange with ``host`` for that long."""
@@ -287,6 +300,24 @@ class Limiter:
             if cancelled is not None and cancelled():
                 raise CancelledError(f"request to {host}")
             self._clock.sleep(min(rest, POLL_SECONDS))
+
+
+class HostMeter:
+    """The bytes of one answer, as a part of all that come from its host."""
+
+    def __init__(self, limiter: Limiter, host: str, cancelled: Callable[[], bool]) -> None:
+        self._limiter = limiter
+        self._host = host
+        self._cancelled = cancelled
+        self.piece_size = limiter.piece_size
+
+    def pay(self, count: int) -> None:
+        """Book bytes and wait until the line is free; raises CancelledError."""
+        self._limiter.spend(self._host, count, self._cancelled)
+
+    def charge(self, count: int) -> None:
+        """Book bytes without waiting: the next ones will."""
+        self._limiter.charge(self._host, count)
 
 
 def _permit(shared: SharedLimits, host: str, kind: Kind, limit: int) -> Callable[[], None] | None:

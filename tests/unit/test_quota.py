@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING
 import pytest
 
 from stowray.cli.app import run
+from stowray.pipeline.blob_stream import RegistryBlob
 from stowray.pipeline.clock import Clock
 from stowray.pipeline.errors import CancelledError
-from stowray.pipeline.limiter import Limiter
+from stowray.pipeline.limiter import SMALLEST_PIECE, HostMeter, Limiter
 from stowray.pipeline.quota import Quota, read_quota
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.registry import Registry
@@ -156,6 +157,72 @@ def test_waiting_for_the_line_can_be_cancelled() -> None:
     with pytest.raises(CancelledError):
         limiter.spend("h", 1000, lambda: now[0] > 101)
     assert now[0] < 102
+
+
+class Body:
+    """A response whose body is all there; ``is_closed`` when its reader is done."""
+
+    def __init__(self, data: bytes) -> None:
+        self.left = data
+        self.is_closed = False
+
+    def read_piece(self, size: int) -> bytes:
+        piece, self.left = self.left[:size], self.left[size:]
+        return piece
+
+    def read_into(self, buffer: memoryview) -> int:
+        piece = self.read_piece(len(buffer))
+        buffer[: len(piece)] = piece
+        return len(piece)
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+@pytest.mark.parametrize("how", ["read", "read_into"])
+def test_bytes_that_came_are_handed_out_before_they_are_waited_for(how: str) -> None:
+    """Who is cancelled while it waits for its share of the line loses none that have come."""
+    now = [100.0]
+    limiter = Limiter(10, clock_at(now), bytes_per_second=1000)
+    over = [False]
+    body = Body(bytes(range(256)) * 64)
+    stream = RegistryBlob(body, 0, "h")  # type: ignore[arg-type]
+    stream.limit(HostMeter(limiter, "h", lambda: over[0]))
+    got = bytearray()
+    buffer = memoryview(bytearray(1 << 20))
+
+    def read() -> int:
+        if how == "read":
+            got.extend(piece := stream.read())
+            return len(piece)
+        count = stream.read_into(buffer)
+        got.extend(buffer[:count])
+        return count
+
+    assert read() == SMALLEST_PIECE
+    assert now[0] == 100.0
+    assert read() == SMALLEST_PIECE
+    assert now[0] == pytest.approx(104.1, abs=0.1)
+    over[0] = True
+    with pytest.raises(CancelledError):
+        read()
+    assert got + body.left == bytes(range(256)) * 64
+    stream.close()
+    assert body.is_closed
+    # What was booked before stays so; nothing is booked twice.
+    limiter.spend("h", 0, lambda: False)
+    assert now[0] == pytest.approx(108.2, abs=0.1)
+
+
+def test_an_answer_of_one_piece_makes_the_next_one_wait() -> None:
+    now = [100.0]
+    limiter = Limiter(10, clock_at(now), bytes_per_second=1000)
+    for number in range(5):
+        stream = RegistryBlob(Body(bytes(1000)), 0, "h")  # type: ignore[arg-type]
+        stream.limit(HostMeter(limiter, "h", lambda: False))
+        assert len(stream.read()) == 1000
+        stream.close()
+        assert now[0] == pytest.approx(100.0 + number, abs=0.1)
 
 
 def test_spare_permits() -> None:
