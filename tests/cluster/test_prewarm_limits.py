@@ -75,7 +75,7 @@ def test_a_rate_of_bytes_is_that_of_all_nodes_together(
 ) -> None:
     """Blobs with different roots, so that several nodes read from the registry at once."""
     rate = 600_000
-    reference = add_image(registry, "line", *(400_000 + number for number in range(20)))
+    reference = add_image(registry, "line", *(200_000 + number for number in range(20)))
     code, report = drive(reference, settings={"registry": {"bytes_per_second": rate}}).finish()
     assert code == 0
     assert states(report) == dict.fromkeys(NODES, "ready")
@@ -87,7 +87,7 @@ def test_a_rate_of_bytes_is_that_of_all_nodes_together(
     assert len({span["node"] for span in read}) > 1
     begun = min(span["started"] for span in read)
     ended = max(span["completed"] for span in read)
-    # Bytes are not waited for one by one.
+    # Each of sixteen connections may be a piece ahead, of a thirty-second of a second.
     assert ended - begun >= report["origin_bytes"] / rate - 0.5
 
 
