@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import threading
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,10 @@ class NodeRun:
         self.store = stores.get(str(self.settings.store_path()))
         self.snapshots = Snapshots(self.store)
         _forget_the_dead(self.store)
+        # Trees of killed unpackers may be large: nothing waits for them to go.
+        threading.Thread(
+            target=_sweep, args=(self.snapshots,), name="sweep-layers", daemon=True
+        ).start()
         self.part = Part(self.node)
         self.stamp = ""
         self._allowed: frozenset[str] = frozenset()
@@ -237,6 +242,13 @@ def _forget_the_dead(store: Store) -> None:
         store.lock(LOCK, wait_seconds=SWEEP_SECONDS),
     ):
         leases(store, sweep=True)
+
+
+def _sweep(snapshots: Snapshots) -> None:
+    """Remove the unfinished layer trees of processes that were killed."""
+    # In a store that cannot be written they harm nobody; a collection tells of them.
+    with contextlib.suppress(StowrayError):
+        snapshots.trees.sweep()
 
 
 def _environment(request: Mapping[str, Any]) -> dict[str, str]:
