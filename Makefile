@@ -90,7 +90,7 @@ format: setup  ## put the sources in form
 # A test that fails is run again up to twice, and the closing line counts the reruns: hundreds of
 # processes, sockets and kills on a busy machine meet moments that no test can foresee.
 RERUNS ?= 2
-BESIDE := tests/cluster/test_drivers.py tests/cluster/test_two_jobs.py
+BESIDE := tests/cluster/test_drivers.py
 test: setup deps  ## every test
 	status=0; \
 	$(PYTEST) -n $(WORKERS) --reruns $(RERUNS) tests/unit $(PYTEST_ARGS) || status=$$?; \
