@@ -247,7 +247,7 @@ def _forget_the_dead(store: Store) -> None:
 def _sweep(snapshots: Snapshots) -> None:
     """Remove the unfinished layer trees of processes that were killed."""
     # In a store that cannot be written they harm nobody; a collection tells of them.
-    with contextlib.suppress(StowrayError):
+    with contextlib.suppress(StowrayError, OSError):
         snapshots.trees.sweep()
 
 

@@ -123,10 +123,12 @@ class RegistryBlob:
 
     def close(self) -> None:
         """Give the connection back when the body was read to its end, else close it."""
-        if self._meter is not None:
-            self._meter.charge(self._owed)
-            self._owed = 0
-        self._response.close()
+        owed, self._owed = self._owed, 0
+        try:
+            if self._meter is not None and owed:
+                self._meter.charge(owed)
+        finally:
+            self._response.close()
 
     def _pay(self, size: int) -> int:
         """Wait until what came is paid for; return how many of ``size`` bytes may come next."""

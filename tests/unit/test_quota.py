@@ -8,7 +8,7 @@ import pytest
 from stowray.cli.app import run
 from stowray.pipeline.blob_stream import RegistryBlob
 from stowray.pipeline.clock import Clock
-from stowray.pipeline.errors import CancelledError
+from stowray.pipeline.errors import CancelledError, NodeError
 from stowray.pipeline.limiter import SMALLEST_PIECE, HostMeter, Limiter
 from stowray.pipeline.quota import Quota, read_quota
 from stowray.pipeline.reference import Reference
@@ -212,6 +212,29 @@ def test_bytes_that_came_are_handed_out_before_they_are_waited_for(how: str) -> 
     # What was booked before stays so; nothing is booked twice.
     limiter.spend("h", 0, lambda: False)
     assert now[0] == pytest.approx(108.2, abs=0.1)
+
+
+class DeafMeter:
+    """One whose owner does not answer."""
+
+    piece_size = 1000
+
+    def pay(self, count: int) -> None:
+        """Let all through."""
+
+    def charge(self, count: int) -> None:
+        raise NodeError("owner", f"does not answer ({count} bytes)")
+
+
+def test_an_answer_is_closed_though_nobody_takes_what_it_owes() -> None:
+    body = Body(bytes(3000))
+    stream = RegistryBlob(body, 0, "h")  # type: ignore[arg-type]
+    stream.limit(DeafMeter())
+    stream.read()
+    with pytest.raises(NodeError):
+        stream.close()
+    assert body.is_closed
+    stream.close()
 
 
 def test_an_answer_of_one_piece_makes_the_next_one_wait() -> None:
