@@ -140,6 +140,8 @@ class Response:
             return
         self._open = False
         self._watchdog.remove(self._watch)
+        # A verdict that falls just now must not reach whoever gets the connection next.
+        self._watch.attach(None, reused=self._watch.reused)
         self._give_back()
         if self._release is not None:
             self._release()

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from stowray.pipeline.response import Response
+    from stowray.pipeline.watchdog import Watch
 
 SIZE = 3 << 20
 DATA = incompressible(SIZE)
@@ -102,6 +103,19 @@ def test_a_kept_connection_that_dies_at_the_next_request_is_replaced(
     assert read_all(transport.exchange("GET", blob(registry))) == DATA
     registry.fault("/blobs/", Fault(cut="fin", after=-1))
     assert read_all(transport.exchange("GET", blob(registry))) == DATA
+
+
+def test_a_verdict_that_comes_late_does_not_reach_who_has_the_connection_next(
+    registry: FakeRegistry, transport: Transport, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watches: list[Watch] = []
+    monkeypatch.setattr(transport.watchdog, "add", watches.append)
+    assert read_all(transport.exchange("GET", blob(registry))) == DATA
+    with transport.exchange("GET", blob(registry)) as response:
+        # The watchdog looked at the first exchange before that ended, and acts only now.
+        watches[0].cut("cancelled")
+        assert read_all(response) == DATA
+    assert len({request.connection for request in registry.requests}) == 1
 
 
 @pytest.mark.parametrize(
