@@ -47,4 +47,8 @@ def acquire(home: IngestHome, digest: Digest, size: int, *, bare: bool = False) 
     except BaseException:
         ingest.close()
         raise
-    return ingest if alive else None
+    if alive:
+        return ingest
+    # Its lock with it, else this process itself would keep everybody out for as long as it lives.
+    ingest.close()
+    return None

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -186,6 +187,27 @@ def test_one_writer_at_a_time(store: Store) -> None:
         assert late.offset == 10
         late.commit()
     assert leftovers(store.path) == []
+
+
+def test_a_follower_that_stops_in_its_test_of_life_keeps_nobody_out_afterwards(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pattern(5000)
+    digest = Digest.of(data)
+    with store.acquire(digest, len(data)) as ingest:
+        ingest.write(data[:100])
+    monkeypatch.setattr("stowray.pipeline.ingest._LIFE_SIGN_ATTEMPTS", 3)
+    path = store.ingest_path(digest) / "state"
+    with path.open("rb") as state:
+        fcntl.flock(state, fcntl.LOCK_SH)
+        assert store.acquire(digest, len(data)) is None
+    ingest = store.acquire(digest, len(data))
+    assert ingest is not None, "who gave up has let go of what it had locked"
+    with ingest:
+        assert ingest.offset == 100
+        ingest.write(data[100:])
+        ingest.commit()
+    assert check_blobs(store.path) == {str(digest)}
 
 
 @pytest.mark.parametrize("size", [1, 500, 5000, 50_000])
