@@ -52,6 +52,7 @@ class SourceChoice:
         "_hop",
         "_hops",
         "_limit",
+        "_lost",
         "_origin_failures",
         "_origin_from",
         "_patience",
@@ -110,6 +111,8 @@ class SourceChoice:
         self._waits_for_lease = False
         self._anew: str | None = None  # began again from nothing: it may well be behind
         self._promised = False  # whether the owner of the leases says that the source has bytes
+        # Who had nothing of what the owner promised, where, and since when.
+        self._lost: dict[str, tuple[int, float]] = {}
         self._origin_from = 0.0
         self._origin_failures = 0
 
@@ -138,7 +141,7 @@ class SourceChoice:
         """
         self._standing.heard(self.source or ORIGIN)
         if self._promised and have <= self.position:
-            return self._leave(now, _STARVED, "has lost it")
+            return self._has_lost(now)
         if self.source in (ORIGIN, self._anew) or have + self._patience.margin >= self.position:
             return None
         return self._leave(now, _STARVED, "is behind")
@@ -267,7 +270,7 @@ class SourceChoice:
             self._standing.heard(hop)
             self._source_pace = pace
         if self._promised and have <= self.position:
-            return self._leave(now, _STARVED, "has lost it")
+            return self._has_lost(now)
         self._promised = False
         margin = self._patience.margin
         if have > self.position + margin or have >= self.length:
@@ -355,7 +358,14 @@ class SourceChoice:
         self._waits_for_lease = True
         # Who is only slow, busy or waiting has the bytes or will: no reason to read them again.
         known = dict.fromkeys((*self._sources, *self._elsewhere))
-        failed = tuple(source for source in known if self._standing.has_failed(source))
+        failed = tuple(
+            dict.fromkeys(
+                (
+                    *(source for source in known if self._standing.has_failed(source)),
+                    *(source for source in self._lost if self._lacks(source, now)),
+                )
+            )
+        )
         slow = tuple(source for source in known if self._standing.is_slow(source))
         return AskLease(self.position, failed, slow)
 
@@ -384,6 +394,20 @@ class SourceChoice:
         self._asked = now
         self._hop, self._below, self._hops = source, "", 0
         return Probe(source)
+
+    def _has_lost(self, now: float) -> Action:
+        source = self.source or ORIGIN
+        if self._lost.get(source, (-1, 0.0))[0] != self.position:
+            self._lost[source] = (self.position, now)
+        return self._leave(now, _STARVED, "has lost it")
+
+    def _lacks(self, source: str, now: float) -> bool:
+        """Tell whether ``source`` has lacked the next byte for long, which the owner promised.
+
+        One that proves a blob now gives the last byte soon; one whose fetch has ended never will.
+        """
+        position, since = self._lost[source]
+        return position == self.position and now - since >= self._patience.deaf
 
     def _starve(self, now: float) -> Action | None:
         """Stay with the source, which waits for others, for a time."""

@@ -8,6 +8,7 @@ byte from the next one. One writer per blob, and nothing is committed before its
 from __future__ import annotations
 
 import threading
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -23,7 +24,8 @@ from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread_blame import Inquiry
 from stowray.pipeline.spread_claims import VoidError
 from stowray.pipeline.spread_job import Job
-from stowray.pipeline.spread_shared import Shared
+from stowray.pipeline.spread_leases import stripe_key
+from stowray.pipeline.spread_shared import OWNER_ERRORS, Shared
 from stowray.pipeline.spread_stream import StripeStream
 from stowray.pipeline.stripe_state import WHOLE
 from stowray.pipeline.stripes import Stripe
@@ -180,6 +182,29 @@ class _Bringing:
 
     def bring(self, inquiry: Inquiry) -> None:
         """Bring all bytes, prove and commit them."""
+        try:
+            self._bring(inquiry)
+        except CancelledError:
+            # The owner may be slow to answer, and whoever cancelled does not wait for that.
+            threading.Thread(target=self._tell_lost, name="tell-lost", daemon=True).start()
+            raise
+        except BaseException:
+            self._tell_lost()
+            raise
+
+    def _tell_lost(self) -> None:
+        """Tell that the bytes of a blob that will not come are to be had here no more.
+
+        Its unfinished file is served by nobody, and others would be sent here for it for ever.
+        Another try of this node tells what it finds of them.
+        """
+        leases = self._shared.leases
+        with suppress(*OWNER_ERRORS):
+            for portion in self._portions:
+                stripe = portion.stripe
+                leases.lost(stripe_key(self.job.digest, stripe.index, stripe.count))
+
+    def _bring(self, inquiry: Inquiry) -> None:
         while True:
             try:
                 streams = self._receive(inquiry)

@@ -204,8 +204,9 @@ class OriginReader:
                 if at == end and goes_on and action is None:
                     start, end = self._next_gap(lease) or (start, end)
             # Past the end of the body's framing, so that the connection is free again. Whether
-            # what came is the blob is for its digest to tell.
-            with suppress(UnavailableError):
+            # what came is the blob is for its digest to tell. A lease that ends now, while the
+            # last piece is paid for, takes nothing back of what the choice wants next.
+            with suppress(UnavailableError, CancelledError):
                 read_into(buffer[:1])
             return action
 

@@ -227,7 +227,8 @@ class StripeStream:
     def _ask_anyway(self, now: float) -> Action | None:
         """Ask for a lease although there are sources: all may wait for one that will never begin.
 
-        A node whose disk is full, say, lives and serves, and never has this blob.
+        A node whose disk is full, say, lives and serves, and never has this blob. The caller asks
+        once it has let go of the source: what that one still sends belongs to an older position.
         """
         choice, shared = self.choice, self._shared
         if self._origin.failures >= shared.patience.tries and self._job.last_error is not None:
@@ -235,7 +236,7 @@ class StripeStream:
         if now - self._fed_at >= self._job.deadline_seconds:
             raise NodeError(self._job.digest, "no node and no origin brings it")
         failed = tuple(name for name in self.sources if shared.standing.has_failed(name))
-        return self._ask(AskLease(choice.position, failed))
+        return AskLease(choice.position, failed)
 
     # -- peers ------------------------------------------------------------------------------------
 

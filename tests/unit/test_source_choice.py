@@ -363,6 +363,24 @@ def test_others_who_have_the_bytes_are_asked_before_the_origin() -> None:
     assert one.tick(6.0, RATE) == Fetch("parent", 0)  # it may have come back
 
 
+def test_who_has_not_got_what_was_promised_for_long_is_said_to_have_failed() -> None:
+    """Its fetch has ended for good and nobody said so: else the owner names it for ever."""
+    one = choice()
+    now = 0.0
+    assert one.begin(now) == AskLease(0)
+    while now < PATIENCE.deaf:
+        assert one.elsewhere(now, ["reader"], SIZE, 1.0, reading=False) == Fetch("reader", 0)
+        # It may be about to give the last byte.
+        assert one.started(now, 0) == AskLease(0)
+        now += PATIENCE.avoid + 1.0
+    assert one.elsewhere(now, ["reader"], SIZE, 1.0, reading=False) == Fetch("reader", 0)
+    assert one.started(now, 0) == AskLease(0, failed=("reader",))
+    one.granted(now, SIZE)
+    one.received(100, now)
+    # Of another byte nothing is known.
+    assert one.lease_lost(now) == AskLease(100)
+
+
 def test_a_busy_source_is_no_reason_to_read_from_the_origin_again() -> None:
     one = choice("parent")
     one.begin(0.0)

@@ -5,26 +5,29 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from stowray.pipeline.copying import reader
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import CancelledError, NotFoundError, UnauthorizedError
 from stowray.pipeline.origin_leases import Elsewhere, Granted, Later
 from stowray.pipeline.serve_limits import ServeLimits
 from stowray.pipeline.settings import RegistrySettings
 from stowray.pipeline.source_actions import Patience
-from stowray.pipeline.spread_leases import from_wire, to_wire
+from stowray.pipeline.spread_leases import from_wire, stripe_key, to_wire
 from stowray.pipeline.stripes import Stripe
 from tests.support import stores
 from tests.support.registry import Fault, incompressible
 from tests.support.spread import Cluster, overlap, wait_until
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
+    from stowray.pipeline.origin import BlobStream
     from stowray.pipeline.spread_leases import LocalLeases
 
 MIB = 1 << 20
@@ -339,6 +342,82 @@ def test_a_cancelled_fetch_ends_soon_and_keeps_what_it_has(cluster: Cluster) -> 
     assert ingest is not None
     with ingest:
         assert ingest.offset == 2 * MIB
+
+
+@pytest.mark.parametrize("goes_on", [True, False], ids=["the source goes on", "it does not"])
+def test_who_reads_from_the_origin_has_let_go_of_the_source_that_waits(
+    folder: Path, goes_on: bool
+) -> None:
+    """Else bytes of the source count from where it was left: beyond the end, or awaited for ever.
+
+    Two sources that wait are each left before the hunger for the origin, which then comes while
+    the second one is still listened to.
+    """
+    patience = Patience(silence=0.3, answer=2.0, slow=1.0, starved=2.0, avoid=1.0)
+    with Cluster(folder, 3, patience=patience) as cluster:
+        data = incompressible(SIZE)
+        digest = cluster.add(data)
+        waiting = [cluster[number].store.acquire(Digest(digest), SIZE) for number in (0, 2)]
+        with ExitStack() as stack:
+            for ingest in waiting:
+                assert ingest is not None
+                stack.enter_context(ingest)
+                ingest.show_stripes(1, Stripe(SIZE).unit)
+                ingest.write(data[:MIB])
+            cluster.arrange(digest, [Stripe(SIZE)], n1=("n0", "n2"))
+            future = cluster.begin(digest, "n1")["n1"]
+            wait_until(lambda: bool(cluster.asked(digest)), "the question to the origin")
+            if goes_on:
+                for ingest in waiting:
+                    assert ingest is not None
+                    ingest.write(data[MIB : 2 * MIB])
+            future.result(timeout=60)
+        cluster.check(digest, "n1")
+        assert overlap(cluster.asked(digest)) == 0
+
+
+def test_bytes_of_a_fetch_that_ended_for_good_are_promised_to_nobody(folder: Path) -> None:
+    """Its node lives and serves, and would be named to all others as the one that has them."""
+    with Cluster(folder, 2, ttl=3.0) as cluster:
+        digest = cluster.add(incompressible(SIZE))
+        cluster.origin.fault(f"/blobs/{digest}", Fault(stall=2 * MIB))
+        cluster.arrange(digest, [Stripe(SIZE)], n1=("n0",))
+        ended = cluster.begin(digest, "n0")["n0"]
+        wait_until(lambda: cluster.prefix("n0", digest) == 2 * MIB, "the bytes before the stall")
+        cluster[0].dead.set()
+        with pytest.raises(CancelledError):
+            ended.result(timeout=60)
+        cluster.fetch(digest, "n1")
+        cluster.check(digest, "n1")
+
+
+def test_a_lease_that_ends_behind_its_last_byte_takes_nothing_back(
+    cluster: Cluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What comes after the lease's end is to be had from a peer, without being hungry first."""
+
+    def cancelled_at_the_end(stream: BlobStream) -> Callable[[memoryview], int]:
+        within = reader(stream)
+
+        def read_into(buffer: memoryview) -> int:
+            if len(buffer) == 1:
+                # As the limiter does that waits for the share of the last piece.
+                raise CancelledError("the lease was lost")
+            return within(buffer)
+
+        return read_into
+
+    monkeypatch.setattr("stowray.pipeline.spread_origin.reader", cancelled_at_the_end)
+    data = incompressible(SIZE)
+    digest = cluster.add(data)
+    stores.commit(cluster[1].store, data)
+    # The owner knows of its second half only.
+    cluster.book.has("n1", stripe_key(digest, 0, 1), SIZE, SIZE // 2, SIZE)
+    monkeypatch.setattr("stowray.pipeline.spread_stream._HUNGER", float("inf"))
+    cluster.arrange(digest, [Stripe(SIZE)])
+    fetched = cluster.fetch(digest, "n0")["n0"]
+    assert set(fetched.by_source) == {cluster.origin.host, "peer:n1"}
+    assert cluster.asked(digest) == [(0, SIZE // 2)]
 
 
 # The wire
