@@ -30,13 +30,19 @@ def acquire(home: IngestHome, digest: Digest, size: int, *, bare: bool = False) 
                 make_directory(directory)
                 lock = open_lock(directory / "lock")
             except FileNotFoundError:
+                if not directory.parent.is_dir():
+                    raise  # the store itself is gone
                 continue  # another writer has just committed and removed the directory
-            if not try_lock(lock):
+            try:
+                is_ours = try_lock(lock)
+                if is_ours and is_current(lock, directory / "lock"):
+                    break
+            except BaseException:
                 os.close(lock)
-                return None
-            if is_current(lock, directory / "lock"):
-                break
+                raise
             os.close(lock)
+            if not is_ours:
+                return None
         try:
             ingest = Ingest(home, digest, size, directory, lock)
         except BaseException:

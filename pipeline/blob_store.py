@@ -226,7 +226,7 @@ class BlobStore:
         cancelled: Callable[[], bool] | None = None,
         shared: bool = False,
     ) -> AbstractContextManager[None]:
-        """Hold the lock ``name`` for a block; ``DeadlineError`` when it stays taken.
+        """Hold the lock ``name`` for a block; ``StorageError`` when it stays taken.
 
         In a store that can only be read there is nothing to exclude others from.
         """

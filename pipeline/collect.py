@@ -145,9 +145,9 @@ class _Stock:
             stock._take_snapshots(store)
             stock._take_layers(store)
             for path in sorted((store.path / "quarantine").iterdir()):
-                stock.items.append(
-                    _Item("quarantined", path.name, path, path.lstat().st_size, None, True)
-                )
+                with suppress(FileNotFoundError):
+                    size = path.lstat().st_size
+                    stock.items.append(_Item("quarantined", path.name, path, size, None, True))
         return stock
 
     def _take_blobs(self, store: Store) -> None:
@@ -158,7 +158,10 @@ class _Stock:
                         digest = Digest(f"{algorithm}:{path.name}")
                     except InvalidDigestError:
                         continue  # not ours
-                    size = path.lstat().st_size if kind == "blob" else 0
+                    try:
+                        size = path.lstat().st_size if kind == "blob" else 0
+                    except FileNotFoundError:
+                        continue  # quarantined by a pull since it was listed
                     record = read_record(store.source_path(digest), store.trust)
                     made = self._note(record)
                     if record is not None and kind == "source":
@@ -360,11 +363,20 @@ def _new_bin(store: Store) -> tuple[Path, int]:
     """Return a new directory under ``trash/``, locked against other collectors."""
     while True:
         path = store.path / "trash" / os.urandom(8).hex()
-        with translated(path, "set aside what nobody needs"), suppress(FileNotFoundError):
-            make_directory(path)
-            descriptor = os.open(path, _OPEN_DIRECTORY)
-            if try_lock(descriptor) and is_current(descriptor, path):
-                return path, descriptor
+        with translated(path, "set aside what nobody needs"):
+            # A copy of a store may lack what was empty.
+            make_directory(path.parent)
+            try:
+                make_directory(path)
+                descriptor = os.open(path, _OPEN_DIRECTORY)
+            except FileNotFoundError:
+                continue
+            try:
+                if try_lock(descriptor) and is_current(descriptor, path):
+                    return path, descriptor
+            except BaseException:
+                os.close(descriptor)
+                raise
             os.close(descriptor)
         # Another collector took it for a leftover in the instant before the lock.
 
@@ -372,8 +384,22 @@ def _new_bin(store: Store) -> tuple[Path, int]:
 def _set_aside(doomed: list[_Item], target: Path) -> None:
     for number, item in enumerate(doomed):
         with translated(item.path, "set aside what nobody needs"), suppress(FileNotFoundError):
-            item.path.rename(target / str(number))
+            if item.kind == "workspace":
+                _set_workspace_aside(item.path, target / str(number))
+            else:
+                item.path.rename(target / str(number))
         failpoint("collect-while-setting-aside")
+
+
+def _set_workspace_aside(path: Path, target: Path) -> None:
+    """Move a workspace that was left; one that had just been made when it was listed stays."""
+    descriptor = os.open(path, _OPEN_DIRECTORY)
+    try:
+        # Under its lock: its maker finds it moved, and makes another one.
+        if try_lock(descriptor):
+            path.rename(target)
+    finally:
+        os.close(descriptor)
 
 
 def _empty_bins(store: Store) -> None:

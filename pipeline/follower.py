@@ -144,7 +144,9 @@ class Follower:
 
     def _took(self, count: int) -> None:
         # The generation is compared after the read as well: a taker-over may reuse the file.
-        self._is_current_generation()
+        if not self._is_current_generation():
+            # The first bytes are void as well, though none were returned before.
+            raise GenerationChanged(str(self.digest))
         if count == 0:
             raise StorageError(
                 str(self._home.blob_path(self.digest)),

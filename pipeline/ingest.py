@@ -79,6 +79,7 @@ class Ingest:
         )
         self._finished = False
         self._is_given_up = False
+        self._is_begun = False  # what an earlier writer left was looked at: the ranges tell of it
         self._is_bare = False  # nothing is on disk but the lock
         self._whole = memoryview(b"")  # all of a blob that came at once, while it is bare
 
@@ -129,7 +130,7 @@ class Ingest:
         try:
             if self._is_bare and not self._finished:
                 self._remove()
-            elif not self._finished and self._journal is not None and self._data >= 0:
+            elif not self._finished and self._is_begun and self._data >= 0:
                 # The exact end, so that a later resume has proof up to here. On a full disk there
                 # is none, and the resume goes back to the last checkpoint.
                 with suppress(StorageError):
@@ -339,7 +340,8 @@ class Ingest:
                 self._state.expose(prefix)
 
     def _read_back(self, offset: int, length: int) -> bytes:
-        part = os.pread(self._data, length, offset)
+        with translated(self._data_path, "read back what was written"):
+            part = os.pread(self._data, length, offset)
         if not part:
             raise StorageError(str(self._data_path), "was cut short by another program")
         return part
@@ -385,6 +387,7 @@ class Ingest:
         self._hash.note()
         state.expose(self._ranges.prefix)
         state.set_status(GROWING, self._boot)
+        self._is_begun = True
 
     def _begin(self, state: IngestState, generation: int) -> None:
         """Start ``generation`` in a new empty file; followers of the old one are told first."""
@@ -400,6 +403,7 @@ class Ingest:
         self._hash.reset(self.digest.hasher())
         if self._journal is not None:
             self._journal.rewrite(generation, self._home.boot, [], [])
+        self._is_begun = True
 
     def _reserve(self) -> None:
         """Refuse before the first byte what the disk has no room for; nothing is allocated."""

@@ -19,7 +19,7 @@ from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import InvalidDigestError, StorageError
 from stowray.pipeline.failpoint import failpoint
 from stowray.pipeline.files import TEMPORARY, make_directory, translated
-from stowray.pipeline.locks import try_lock
+from stowray.pipeline.locks import is_current, try_lock
 from stowray.pipeline.records import read_record, write_record
 from stowray.pipeline.values import dataclass
 
@@ -190,9 +190,16 @@ class LayerTrees:
             with translated(path, "make a directory for a layer"):
                 make_directory(self.directory)
                 path.mkdir(0o700)
-                descriptor = os.open(path, _OPEN_DIRECTORY)
-            if try_lock(descriptor):
-                break
+                try:
+                    descriptor = os.open(path, _OPEN_DIRECTORY)
+                except FileNotFoundError:
+                    continue
+                try:
+                    if try_lock(descriptor) and is_current(descriptor, path):
+                        break
+                except BaseException:
+                    os.close(descriptor)
+                    raise
             # A collector took it for a leftover in the instant before the lock.
             os.close(descriptor)
         with self._held(Workspace(path), descriptor) as workspace:

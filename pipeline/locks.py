@@ -15,7 +15,7 @@ import time
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from stowray.pipeline.errors import CancelledError, DeadlineError
+from stowray.pipeline.errors import CancelledError, StorageError
 from stowray.pipeline.files import translated
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def locked(
     shared: bool = False,
     keep: bool = True,
 ) -> Iterator[None]:
-    """Hold the lock file ``path`` for the block; ``DeadlineError`` after ``wait_seconds``.
+    """Hold the lock file ``path`` for the block; ``StorageError`` after ``wait_seconds``.
 
     Without ``keep`` the file is removed at the end, for names that come and go with their content.
     """
@@ -114,7 +114,11 @@ def _take(
                     raise CancelledError(what)
                 remaining = deadline - time.monotonic()
                 if remaining <= 0:
-                    raise DeadlineError(f"waiting for the lock of {what}", wait_seconds)
+                    raise StorageError(
+                        str(path),
+                        f"the lock of {what} was not free within {wait_seconds:g} s: see with "
+                        "`fuser` or `lsof` who has it, and try again when that one is done",
+                    )
                 time.sleep(min(pause, remaining))
                 pause = min(pause * 2, _LONGEST_PAUSE)
         except BaseException:

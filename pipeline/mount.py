@@ -61,15 +61,17 @@ def mount(
             persistent=True,
             mount_point=str(point),
         )
-        directory = mount_directory(store, identity)
+        directory: Path | None = None
         try:
+            directory = mount_directory(store, identity)
             snapshots = Snapshots(store)
             lowers = snapshots.lowers(chain_id)
             options = prepare(directory, lowers, snapshots.privileged, rw_upper)
             attach(directory, options, point, writable=rw_upper is not None)
         except BaseException:
             lease.remove()
-            remove_tree(directory)
+            if directory is not None:
+                remove_tree(directory)
             raise
         lease.close()
     return point

@@ -1,8 +1,8 @@
 """Removal of directory trees that may be hostile: unreadable, very deep, full of links.
 
-Invariant: nothing outside the tree is touched (every step goes through a directory descriptor and
-``O_NOFOLLOW``), no depth of nesting exhausts descriptors or the stack, and modes such as 0000 or
-0555 stop neither root nor a plain user.
+Invariant: nothing outside the tree is touched (every step below the parent that the caller names
+goes through a directory descriptor and ``O_NOFOLLOW``), no depth of nesting exhausts descriptors or
+the stack, and modes such as 0000 or 0555 stop neither root nor a plain user.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# The way to the tree is the caller's: a store or a destination may well be behind a link.
+_OPEN_PARENT = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
 _OPEN_HANDLE = os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
 def remove_tree(path: Path) -> None:
     """Remove ``path`` and all below it; a path that is not there is success."""
     try:
-        parent = os.open(path.parent, _OPEN_DIRECTORY)
+        parent = os.open(path.parent, _OPEN_PARENT)
     except FileNotFoundError:
         return
     except OSError as error:

@@ -225,7 +225,9 @@ class _Check:
     def put_aside(self) -> None:
         """Quarantine bad blobs; drop bad trees and what was made on top of them."""
         for digest in sorted(self._bad_blobs):
-            self._store.quarantine(Digest(digest))
+            # Once more: a pull may have brought it anew while the rest was looked at.
+            if self._blob(Digest(digest), needed=True, counts=False):
+                self._store.quarantine(Digest(digest))
         # What a layer took from a damaged one below (a copied-up file, a directory's attributes) is
         # part of its own tree now, so that trees settled above go too.
         gone = self._bad_layers | self._unproven
@@ -243,7 +245,7 @@ class _Check:
             return False
         return any(link.layer in layers for link in self._chain(snapshot.chain_id))
 
-    def _blob(self, digest: Digest, *, needed: bool) -> str:
+    def _blob(self, digest: Digest, *, needed: bool, counts: bool = True) -> str:
         """Return what is wrong with a blob; empty if nothing is."""
         path = self._store.blob_path(digest)
         try:
@@ -269,8 +271,9 @@ class _Check:
                 return f"cannot be read: {error.strerror}"
         finally:
             os.close(descriptor)
-        self._counts["blobs"] += 1
-        self._counts["size"] += size
+        if counts:
+            self._counts["blobs"] += 1
+            self._counts["size"] += size
         actual = f"{digest.algorithm}:{hasher.hexdigest()}"
         return "" if actual == digest else f"has the digest {actual}"
 
