@@ -114,7 +114,7 @@ def _look() -> dict[str, Any]:
         try:
             with open(settings, "rb") as file:
                 node = str(tomllib.load(file).get("node", ""))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             # Whoever works there with these settings will say what is wrong with them.
             node = ""
     return {

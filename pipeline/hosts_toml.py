@@ -10,7 +10,6 @@ left alone, as containerd does.
 from __future__ import annotations
 
 import re
-import tomllib
 from dataclasses import field
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from urllib.parse import urlsplit
 from stowray.pipeline.addresses import DEFAULT_PORTS, split_host
 from stowray.pipeline.endpoint import API_PATH, Connection
 from stowray.pipeline.errors import UsageError
+from stowray.pipeline.toml_text import parse_toml
 from stowray.pipeline.values import dataclass
 
 FILE = "hosts.toml"
@@ -92,10 +92,7 @@ def find_certificates(directory: str, host: str) -> Connection:
 def parse_hosts(text: str, place: Path) -> Hosts:
     """Return what the ``hosts.toml`` in the directory ``place`` says."""
     file = str(place / FILE)
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(file, f"not a TOML file: {error}") from error
+    document = parse_toml(text, file)
     table = document.get("host", {})
     if not isinstance(table, dict):
         raise UsageError(file, 'host must be tables: [host."https://…"]')

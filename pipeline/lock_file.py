@@ -19,6 +19,7 @@ from stowray.pipeline.errors import (
 )
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.reference import Reference
+from stowray.pipeline.toml_text import parse_toml
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
@@ -128,12 +129,7 @@ def encode_lock(content: LockFile) -> str:
 
 def decode_lock(text: str, origin: str) -> LockFile:
     """Return the lock file of a text; UsageError naming ``origin`` and the key."""
-    import tomllib
-
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(origin, f"not a TOML file: {error}") from error
+    document = parse_toml(text, origin)
     version = document.get("version")
     if version != VERSION:
         raise UsageError(origin, f"version is {version!r}, and only {VERSION} is known here")

@@ -28,12 +28,15 @@ from stowray.pipeline.prewarm_plan import (
 )
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.source import parse_source
+from stowray.pipeline.toml_text import parse_toml
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
     from pathlib import Path
 
 PLAN_LIMIT: Final = 4 << 20
+# What TOML promises of whole numbers; larger ones would not fit where they are reckoned with.
+_LARGEST: Final = (1 << 63) - 1
 _UNITS: Final = {
     "": 1,
     "k": 10**3,
@@ -101,15 +104,13 @@ def parse_plan(document: Mapping[str, Any], origin: str) -> PrewarmPlan:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import tomllib
-
     from stowray.pipeline.files import read_given
 
     try:
-        return tomllib.loads(read_given(path, PLAN_LIMIT).decode("utf-8"))
+        return parse_toml(read_given(path, PLAN_LIMIT).decode("utf-8"), str(path))
     except OSError as error:
         raise UsageError(str(path), f"cannot read the plan: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(str(path), f"not a TOML file: {error}") from error
 
 
@@ -156,6 +157,8 @@ class _Checker:
     def count(self, key: str, value: object, least: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise self.fail(key, f"must be a whole number, at least {least}")
+        if value > _LARGEST:
+            raise self.fail(key, f"must not be more than {_LARGEST}")
         return value
 
     def number(self, key: str, value: object, *, most: float = math.inf) -> float:
@@ -163,6 +166,8 @@ class _Checker:
         if not number or not 0 <= value < math.inf or value > most:  # type: ignore[operator]
             limit = "" if most == math.inf else f" and not more than {most:g}"
             raise self.fail(key, f"must be a number, not negative{limit}")
+        if value > _LARGEST:  # type: ignore[operator]
+            raise self.fail(key, f"must not be more than {_LARGEST}")
         return float(value)  # type: ignore[arg-type]
 
 
@@ -257,7 +262,10 @@ def _bandwidth(check: _Checker, value: object) -> int:
     # "Gb/s" would be read as gigabytes by some and as gigabits by others.
     if match is None or value.strip().removesuffix("/s").endswith("b"):
         raise check.fail(key, "must be bytes per second, for example 200000000 or '200MB/s'")
-    return int(float(match[1]) * _UNITS[(match[2] or "").lower()])
+    rate = float(match[1]) * _UNITS[(match[2] or "").lower()]
+    if rate > _LARGEST:
+        raise check.fail(key, f"must not be more than {_LARGEST}")
+    return int(rate)
 
 
 def _failure(check: _Checker, table: Mapping[str, Any]) -> FailurePolicy:

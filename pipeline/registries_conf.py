@@ -9,12 +9,12 @@ one meaning here.
 
 from __future__ import annotations
 
-import tomllib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.errors import InvalidReferenceError, UsageError
 from stowray.pipeline.reference import DEFAULT_REGISTRY, LEGACY_REGISTRY, Reference
+from stowray.pipeline.toml_text import parse_toml
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
@@ -136,10 +136,7 @@ def load(setting: str, environment: Mapping[str, str]) -> RegistriesConf:
 
 def parse_conf(text: str, file: str) -> tuple[Entry, ...]:
     """Return the entries of one file."""
-    try:
-        document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(file, f"not a TOML file: {error}") from error
+    document = parse_toml(text, file)
     if "registries" in document:
         raise UsageError(
             file, "version 1 of the format ([registries.…]) is not read; use version 2"

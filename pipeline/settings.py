@@ -196,13 +196,13 @@ def _expect_file(authfile: str) -> None:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    import tomllib
+    from stowray.pipeline.toml_text import parse_toml
 
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return parse_toml(path.read_text(encoding="utf-8"), str(path))
     except OSError as error:
         raise UsageError(str(path), f"cannot read the settings: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise UsageError(str(path), f"not a TOML file: {error}") from error
 
 

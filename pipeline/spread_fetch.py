@@ -13,19 +13,16 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Final
 
-from stowray.pipeline.clock import SYSTEM_CLOCK, Clock
 from stowray.pipeline.copying import REPORT_SECONDS, Work
 from stowray.pipeline.errors import CancelledError, DigestMismatchError, NodeError
 from stowray.pipeline.fetch import TAKE_OVER_SECONDS, Fetched, places_of
-from stowray.pipeline.peer_client import PeerClient
 from stowray.pipeline.registry import never
 from stowray.pipeline.retry import wait
-from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread_blame import Inquiry
 from stowray.pipeline.spread_claims import VoidError
 from stowray.pipeline.spread_job import Job
 from stowray.pipeline.spread_leases import stripe_key
-from stowray.pipeline.spread_shared import OWNER_ERRORS, Shared
+from stowray.pipeline.spread_shared import OWNER_ERRORS
 from stowray.pipeline.spread_stream import StripeStream
 from stowray.pipeline.stripe_state import WHOLE
 from stowray.pipeline.stripes import Stripe
@@ -41,21 +38,19 @@ if TYPE_CHECKING:
     from stowray.pipeline.settings import RegistrySettings
     from stowray.pipeline.source import Source
     from stowray.pipeline.spread import Part, Portion
-    from stowray.pipeline.spread_leases import Leases
+    from stowray.pipeline.spread_shared import Shared
     from stowray.pipeline.store import Store
 
-DEFAULT_STREAMS: Final = 32
 # So long may nobody write a blob that another node of the same store is to bring.
 SHARED_SECONDS: Final = 120.0
 
 
 class SpreadFetcher:
-    """Fetches the blobs of one run into one store; thread-safe, one per run, node and process.
+    """Fetches the blobs of one run into one store; thread-safe.
 
-    ``part`` is this node's; what is not in it goes to ``fallback``. ``token`` is what peers of the
-    run want to see. ``streams`` bounds how many stripes bring bytes from peers at once: those that
-    wait for bytes do not count. ``bandwidth`` is in bytes per second for all of them together, 0:
-    no limit. Keep one fetcher for all blobs of a run: it remembers who failed, and what to expect.
+    ``part`` is this node's; what is not in it goes to ``fallback``. Images that are not reached by
+    the same ways have a fetcher each, with ``origins`` and fallback of their own. Give all fetchers
+    of a run the same ``shared``: it keeps the limits, and remembers who failed and what to expect.
     """
 
     def __init__(
@@ -64,41 +59,20 @@ class SpreadFetcher:
         origins: Sequence[Origin],
         settings: RegistrySettings,
         *,
-        node: str,
         part: Part,
-        token: str,
-        leases: Leases,
+        shared: Shared,
         fallback: Fetcher,
-        bandwidth: int = 0,
-        streams: int = DEFAULT_STREAMS,
-        patience: Patience | None = None,
-        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         self._store = store
         self._origins = tuple(origins)
         self._settings = settings
         self._fallback = fallback
-        self._clock = clock
+        self._shared = shared.at(part.addresses)
+        self._clock = shared.clock
         self._shares_with = part.shares_with
         self._portions: dict[str, list[Portion]] = {}
         for portion in part.portions:
             self._portions.setdefault(portion.digest, []).append(portion)
-        patience = patience or Patience()
-        client = PeerClient(
-            token,
-            connect_seconds=patience.silence + patience.answer,
-            answer_seconds=patience.answer,
-        )
-        self._shared = Shared(
-            node=node,
-            addresses=part.addresses,
-            leases=leases,
-            client=client,
-            patience=patience,
-            streams=streams,
-            bandwidth=bandwidth,
-            clock=clock,
-        )
 
     def fetch(
         self,

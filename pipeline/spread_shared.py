@@ -1,16 +1,21 @@
 """What all stripes of one node share in a run: whom they trust, what they expect, what they may.
 
-Invariant: a slot is held only while bytes flow, so that stripes which wait for each other's nodes
-never keep those from going on that others wait for.
+Invariant: all images of the run share it, so that a limit is the node's and not an image's, and who
+lied about one blob is asked for no other. A slot is held only while bytes flow, so that stripes
+which wait for each other's nodes never keep those from going on that others wait for.
 """
 
 from __future__ import annotations
 
 import threading
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from copy import copy
+from typing import TYPE_CHECKING, Final, Self
 
+from stowray.pipeline.clock import SYSTEM_CLOCK
 from stowray.pipeline.errors import DeadlineError, NodeError
+from stowray.pipeline.peer_client import PeerClient
+from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.source_standing import Pace, Standing
 from stowray.pipeline.spread_permits import Permits
 
@@ -18,11 +23,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Mapping
 
     from stowray.pipeline.clock import Clock
-    from stowray.pipeline.peer_client import PeerClient
-    from stowray.pipeline.source_actions import Patience
     from stowray.pipeline.source_choice import SourceChoice
     from stowray.pipeline.spread_leases import Leases
 
+DEFAULT_STREAMS: Final = 32
 # Shorter sleeps would be inexact and cost more than they save.
 _SHORTEST_SLEEP: Final = 0.02
 # What the owner of the leases may fail with without anything being lost.
@@ -96,31 +100,50 @@ class Throttle:
 
 
 class Shared:
-    """See the module; one per fetcher."""
+    """See the module; one per run, node and process, and one view of it per part.
+
+    ``token`` is what peers of the run want to see. ``streams`` bounds how many stripes bring bytes
+    from peers at once: those that wait for bytes do not count. ``bandwidth`` is in bytes per second
+    for all of them together, 0: no limit.
+    """
 
     def __init__(
         self,
         *,
         node: str,
-        addresses: Mapping[str, str],
+        token: str,
         leases: Leases,
-        client: PeerClient,
-        patience: Patience,
-        streams: int,
-        bandwidth: int,
-        clock: Clock,
+        bandwidth: int = 0,
+        streams: int = DEFAULT_STREAMS,
+        patience: Patience | None = None,
+        clock: Clock = SYSTEM_CLOCK,
     ) -> None:
+        patience = patience or Patience()
         self.node = node
         self.leases = leases
         self.permits = Permits(leases, clock)
-        self.client = client
+        self.client = PeerClient(
+            token,
+            connect_seconds=patience.silence + patience.answer,
+            answer_seconds=patience.answer,
+        )
         self.patience = patience
         self.clock = clock
         self.standing = Standing(patience.avoid)
         self.pulse = Pulse(clock, patience.silence)
         self.throttle = Throttle(bandwidth, clock)
         self.slots = threading.BoundedSemaphore(max(1, streams))
-        self._addresses = dict(addresses)
+        self._addresses: dict[str, str] = {}
+
+    def at(self, addresses: Mapping[str, str]) -> Self:
+        """Return the same as a part sees it whose sources are at these ``addresses``.
+
+        A part that was dealt anew has other sources, perhaps elsewhere; what the node has seen of
+        its peers, and what it may, are of the run.
+        """
+        view = copy(self)
+        view._addresses = dict(addresses)
+        return view
 
     def address(self, node: str) -> str:
         """Return where ``node`` serves; empty when nobody knows."""

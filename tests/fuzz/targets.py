@@ -78,6 +78,7 @@ from stowray.pipeline.snapshot_record import Snapshot
 from stowray.pipeline.source import parse_source
 from stowray.pipeline.tar import TarReader
 from stowray.pipeline.tar_entry import FILE
+from stowray.pipeline.toml_text import parse_toml
 from stowray.pipeline.trust import Stamp
 from tests.support import tars
 from tests.support.vectors import table
@@ -365,14 +366,8 @@ def logins(data: bytes) -> None:
 
 
 def prewarm(data: bytes) -> None:
-    import tomllib
-
     try:
-        content = tomllib.loads(data.decode("utf-8", "replace"))
-    except tomllib.TOMLDecodeError:
-        return
-    try:
-        parse_plan(content, "plan.toml")
+        parse_plan(parse_toml(data.decode("utf-8", "replace"), "plan.toml"), "plan.toml")
     except UsageError:
         return
 

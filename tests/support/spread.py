@@ -24,6 +24,7 @@ from stowray.pipeline.source_actions import Patience
 from stowray.pipeline.spread import Blob, NodeState, Part, Portion, Spread, spread
 from stowray.pipeline.spread_fetch import SpreadFetcher
 from stowray.pipeline.spread_leases import LocalLeases
+from stowray.pipeline.spread_shared import Shared
 from stowray.pipeline.store import Store
 from tests.support.registry import OCI_LAYER, FakeRegistry
 
@@ -53,22 +54,33 @@ class Node:
         )
         self.address = self.server.start()
         self.registry = Registry(cluster.settings)
+        self.shared: Shared | None = None
         self.fetcher: SpreadFetcher | None = None
         self.dead = threading.Event()
 
     def join(self, part: Part) -> None:
+        """Begin with a part; what is known of before is forgotten."""
         cluster = self.cluster
+        self.shared = Shared(
+            node=self.name,
+            token=TOKEN,
+            leases=cluster.leases.of(self.name),
+            patience=cluster.patience,
+            **cluster.options,
+        )
+        self.take(part)
+
+    def take(self, part: Part) -> None:
+        """Take another part of the same run."""
+        assert self.shared is not None
+        settings = self.cluster.settings
         self.fetcher = SpreadFetcher(
             self.store,
             [self.registry],
-            cluster.settings,
-            node=self.name,
+            settings,
             part=part,
-            token=TOKEN,
-            leases=cluster.leases.of(self.name),
-            fallback=Fetcher(self.store, [self.registry], cluster.settings),
-            patience=cluster.patience,
-            **cluster.options,
+            shared=self.shared,
+            fallback=Fetcher(self.store, [self.registry], settings),
         )
 
     def fetch(self, digest: str) -> Fetched:

@@ -126,6 +126,7 @@ def test_headers_have_one_or_several_values_and_do_not_show_themselves() -> None
     ("text", "named"),
     [
         pytest.param("server = ", "TOML", id="not TOML"),
+        pytest.param(f"server = {'[' * 5000}", "TOML", id="nested too deeply"),
         pytest.param("server = 1", "server", id="server is no string"),
         pytest.param("host = 1", "host", id="host is no table"),
         pytest.param('[host]\n"https://m" = 1', "https://m", id="one host is no table"),

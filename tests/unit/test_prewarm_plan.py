@@ -172,6 +172,25 @@ def test_arguments_alone_make_a_plan_and_win_over_the_file(tmp_path: Path) -> No
         pytest.param("images = ['a']\nwaves = ['9%', '8%']", "waves[1]", id="shrinking"),
         pytest.param("images = ['a']\ndeliver = ['rkt']", "deliver", id="unknown runtime"),
         pytest.param("images = ['a']\nlock = 1", "lock", id="lock is no text"),
+        pytest.param(
+            f"images = ['a']\n[limits]\nbandwidth = '{'9' * 400}MB/s'",
+            "limits.bandwidth",
+            id="a rate larger than a float",
+        ),
+        pytest.param(
+            "images = ['a']\n[failure]\ndeadline_seconds = 1e300",
+            "failure.deadline_seconds",
+            id="longer than any time",
+        ),
+        pytest.param(
+            f"images = ['a']\n[failure]\nnode_timeout_seconds = 1{'0' * 400}",
+            "64 bits",
+            id="a number larger than a float",
+        ),
+        pytest.param(f"images = ['a']\nwaves = [0x{'f' * 5000}]", "64 bits", id="too large"),
+        pytest.param(f"tries = 1{'0' * 5000}", "64 bits", id="more digits than Python reads"),
+        pytest.param(f"images = {'[' * 5000}", "nested", id="nested too deeply"),
+        pytest.param(f"a{'.a' * 5000} = 1", "nested", id="nested too deeply by a name"),
         pytest.param("images = ", "TOML", id="not TOML"),
         pytest.param("images = ['a']\n#\udcff", "TOML", id="not UTF-8"),
     ],
@@ -220,6 +239,16 @@ def test_a_lock_file_behind_a_link_stays_there(tmp_path: Path) -> None:
 def test_an_override_of_a_broken_section_is_named(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="limits"):
         load_plan(write(tmp_path, "images=['a']\nlimits=1"), overrides={"limits.fan_out": 2})
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["limits.bandwidth", "limits.fan_out", "failure.node_timeout_seconds", "failure.tries"],
+)
+def test_a_number_beyond_all_measure_is_named(key: str) -> None:
+    """As an option or from Python: a file has none."""
+    with pytest.raises(UsageError, match=key):
+        load_plan(None, references=["a"], overrides={key: 10**400})
 
 
 @pytest.mark.parametrize(
@@ -426,6 +455,9 @@ DIGEST = Digest.of(b"1")
             id="twice",
         ),
         pytest.param("version = 1\ntool = 1", "tool", id="tool"),
+        pytest.param(f"version = 0x{'f' * 5000}", "TOML", id="larger than Python writes"),
+        pytest.param(f"version = 1{'0' * 5000}", "TOML", id="more digits than Python reads"),
+        pytest.param(f"version = {'[' * 5000}", "TOML", id="nested too deeply"),
     ],
 )
 def test_a_damaged_lock_file_is_refused(text: str, named: str) -> None:

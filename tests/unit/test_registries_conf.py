@@ -150,6 +150,7 @@ def test_mirror_by_digest_only_holds_for_all_mirrors() -> None:
     ("text", "named"),
     [
         pytest.param("[[registry]", "TOML", id="not TOML"),
+        pytest.param(f"server = {'[' * 5000}", "TOML", id="nested too deeply"),
         pytest.param("[registries.search]\nregistries = ['r.io']", "version 1", id="version 1"),
         pytest.param("registry = 1", "[[registry]]", id="no tables"),
         pytest.param("[[registry]]\nblocked = true", "neither", id="no prefix"),

@@ -57,6 +57,10 @@ def test_every_key_of_the_default_file_is_explained() -> None:
         pytest.param("engine = 'fast'", "engine", id="unknown choice"),
         pytest.param("[registry]\nplain_http = 'host'", "registry.plain_http", id="no list"),
         pytest.param("engine = ", "TOML", id="not TOML"),
+        pytest.param(f"engine = {'[' * 5000}", "TOML", id="nested too deeply"),
+        pytest.param(
+            f"[registry]\ndeadline_seconds = 1{'0' * 400}", "64 bits", id="larger than a float"
+        ),
     ],
 )
 def test_a_bad_setting_is_named(tmp_path: Path, text: str, named: str) -> None:
