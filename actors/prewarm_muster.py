@@ -46,18 +46,22 @@ class Muster:
         return self.names.get(self._driver_node, "")
 
     async def gather(
-        self, described: Iterable[Mapping[str, Any]], wave: int
+        self, described: Iterable[Mapping[str, Any]], wave: int, *, for_all: bool = False
     ) -> tuple[list[RunNode], dict[asyncio.Task[bool], RunNode]]:
         """Name the nodes, select those that the plan wants, and have each begin.
 
         Returns those that did in good time, in the order of their names, and those that are late
-        with what tells whether they have begun after all. Raises UsageError when the plan selects
+        with what tells whether they have begun after all; ``for_all`` waits until there are none,
+        which the deadline of each node's beginning bounds. Raises UsageError when the plan selects
         none.
         """
         chosen = await self._select(list(described), wave)
         begun = time.monotonic()
         tasks = {asyncio.ensure_future(self.begin(node)): node for node in chosen}
-        await _most(tasks, begun)
+        if for_all:
+            await asyncio.gather(*tasks)
+        else:
+            await _most(tasks, begun)
         late = {task: node for task, node in tasks.items() if not task.done()}
         return [node for task, node in tasks.items() if task.done() and task.result()], late
 

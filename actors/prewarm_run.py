@@ -62,13 +62,15 @@ class ClusterRun:
         """Return the names of all nodes that were ever seen, by Ray's ID."""
         return self._muster.names
 
-    async def gather(self, described: Iterable[Mapping[str, Any]]) -> list[RunNode]:
+    async def gather(
+        self, described: Iterable[Mapping[str, Any]], *, for_all: bool = False
+    ) -> list[RunNode]:
         """Name the nodes, select those that the plan wants, and have each begin.
 
         Returns those that did in good time, in the order of their names; the others have failed or
-        are late. Raises UsageError when the plan selects none.
+        are late, with ``for_all`` none is. Raises UsageError when the plan selects none.
         """
-        ready, late = await self._muster.gather(described, self._wave)
+        ready, late = await self._muster.gather(described, self._wave, for_all=for_all)
         self._late |= late
         # Documents are kept in the store of the node that this is.
         self._images.node = self._muster.driver_name

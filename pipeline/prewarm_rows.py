@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 PEER: Final = "peer:"
 STORE: Final = "store"
 
-# The first two while the run goes on, never in the report of a run that has ended.
+# The first two while the run goes on, never in the report of a run that has ended; a dry run's has
+# them for what is planned.
 NodeState = Literal[
     "waiting", "working", "ready", "partial", "failed", "dead", "refused", "skipped"
 ]
