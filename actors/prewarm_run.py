@@ -20,10 +20,10 @@ from stowray.actors.prewarm_silent import SilentNodes
 from stowray.pipeline.cluster_plan import ClusterPlan
 from stowray.pipeline.errors import NodeError, StowrayError, describe
 from stowray.pipeline.prewarm_plan import expand_waves
-from stowray.pipeline.prewarm_rows import WaveRow
+from stowray.pipeline.prewarm_rows import WaveRow, count_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_images import RunImages
@@ -218,24 +218,36 @@ class ClusterRun:
             state.waves[number] = WaveRow(number, tuple(wave), started=round(state.seconds, 3))
             await self.warm([able[name] for name in wave if name in able], with_late=is_last)
             so_far += wave
-            ready = sum(state.nodes[name].state == "ready" for name in so_far)
-            passed = failure.is_enough(ready, len(so_far))
+            if not is_last and not failure.is_enough(*self._count_ready(so_far)):
+                # Who is late may be just what is missing, and would be told nothing otherwise.
+                await self.warm([], late=set(so_far))
+            ready, counted = self._count_ready(so_far)
+            passed = failure.is_enough(ready, counted)
             state.waves[number] = replace(
                 state.waves[number],
-                ready=sum(state.nodes[name].state == "ready" for name in wave),
+                ready=self._count_ready(wave)[0],
                 completed=round(state.seconds, 3),
                 passed=passed,
             )
             state.changed = True
             if not passed and not is_last:
-                reason = f"not begun: only {ready} of the {len(so_far)} nodes before it are ready"
+                reason = f"not begun: only {ready} of the {counted} nodes before it are ready"
                 for name in names[len(so_far) :]:
                     if state.nodes[name].state == "waiting":
                         state.skip_node(name, NodeError(name, reason))
                 return
 
-    async def warm(self, nodes: Sequence[RunNode], *, with_late: bool = False) -> None:
-        """Bring these nodes to have their images, as many at a time as the plan allows."""
+    def _count_ready(self, names: Iterable[str]) -> tuple[int, int]:
+        return count_ready(self._context.state.nodes[name] for name in names)
+
+    async def warm(
+        self, nodes: Sequence[RunNode], *, with_late: bool = False, late: Container[str] = ()
+    ) -> None:
+        """Bring these nodes to have their images, as many at a time as the plan allows.
+
+        With them those of these names that are ``late``, or ``with_late`` all who are and who come
+        back; how long they may take is bounded by the deadline of their beginning.
+        """
         waiting = deque(node for node in nodes if not node.shares_with)
         at_once = self._context.plan.limits.nodes_at_once or (1 << 30)
         working: dict[asyncio.Task[Any], RunNode | None] = {
@@ -243,10 +255,12 @@ class ClusterRun:
             for node in nodes
             if node.shares_with
         }
-        late = self._late if with_late else {}
-        while waiting or working or late:
+        while True:
             if with_late:
                 self._take_back()
+            coming = [task for task, node in self._late.items() if with_late or node.name in late]
+            if not (waiting or working or coming):
+                return
             busy = [node for node in working.values() if node is not None]
             room = at_once - len(busy)
             if waiting and room > 0:
@@ -258,7 +272,7 @@ class ClusterRun:
             news = asyncio.ensure_future(self._news.wait())
             try:
                 done, _ = await asyncio.wait(
-                    {*working, *late, news}, return_when=asyncio.FIRST_COMPLETED
+                    {*working, *coming, news}, return_when=asyncio.FIRST_COMPLETED
                 )
             finally:
                 news.cancel()
@@ -267,7 +281,7 @@ class ClusterRun:
                     del working[task]
                     task.result()
                     continue
-                node = late.pop(task)
+                node = self._late.pop(task)
                 if task.result():
                     # It may have begun anew since it was late first.
                     node = self.nodes[node.node_id]

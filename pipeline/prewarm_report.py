@@ -21,6 +21,7 @@ from stowray.pipeline.prewarm_rows import (
     NodeRow,
     Remark,
     WaveRow,
+    count_ready,
 )
 from stowray.pipeline.source import parse_source
 
@@ -80,10 +81,8 @@ class PrewarmReport:
         """Whether at least the fraction of nodes is ready that the plan asked for."""
         from stowray.pipeline.prewarm_plan import FailurePolicy
 
-        # Who was left out for a reason that is no error is not waited for.
-        counted = [node for node in self.nodes if node.state != "skipped" or node.error]
-        ready = sum(node.state == "ready" for node in counted)
-        return FailurePolicy(minimum_ready=self.minimum_ready).is_enough(ready, len(counted))
+        policy = FailurePolicy(minimum_ready=self.minimum_ready)
+        return policy.is_enough(*count_ready(self.nodes))
 
     @property
     def is_tolerated(self) -> bool:

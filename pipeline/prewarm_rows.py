@@ -202,6 +202,15 @@ def node_state(cells: Sequence[Cell]) -> NodeState:
     return "partial" if any(cell.present for cell in cells) else "failed"
 
 
+def count_ready(nodes: Iterable[NodeRow]) -> tuple[int, int]:
+    """Return how many of ``nodes`` are ready, and of how many that could be.
+
+    Who was left out for a reason that is no error is not waited for.
+    """
+    counted = [node for node in nodes if node.state != "skipped" or node.error]
+    return sum(node.state == "ready" for node in counted), len(counted)
+
+
 def lost_cells(cells: Iterable[Cell], node: str, reason: str) -> list[Cell]:
     """Return ``cells`` with those of ``node``, which is dead, marked as lost.
 

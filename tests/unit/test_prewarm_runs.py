@@ -96,6 +96,53 @@ def test_a_dry_run_waits_for_a_node_that_answers_late(cluster: FakeCluster) -> N
     assert told(cluster.run(PLAN).plan().results()) == {(DEBIAN, "n1"): "", (DEBIAN, "n2"): ""}
 
 
+def test_a_wave_that_lacks_a_late_node_waits_for_it(cluster: FakeCluster) -> None:
+    cluster.add("n1", begin_run=slow)
+    cluster.add("n2")
+    report = cluster.run(PLAN | {"waves": [1, "100%"]}).run()
+    assert states(report) == {"n1": "ready", "n2": "ready"}
+    assert [wave.passed for wave in report.waves] == [True, True]
+    assert report.exit_code == 0
+
+
+def test_a_wave_that_has_enough_does_not_wait_for_a_late_node(cluster: FakeCluster) -> None:
+    cluster.add("n1", begin_run=slow)
+    for name in ("n2", "n3"):
+        cluster.add(name)
+    plan = PLAN | {"waves": [2, "100%"], "failure": {"minimum_ready": 0.5}}
+    report = cluster.run(plan).run()
+    assert set(states(report).values()) == {"ready"}
+    completed = report.waves[0].completed
+    assert completed is not None
+    assert completed < 0.7
+
+
+def test_a_late_node_that_fails_ends_its_wave_and_is_named(cluster: FakeCluster) -> None:
+    async def fails_late(node: FakeNode, request: dict[str, Any]) -> Any:
+        await asyncio.sleep(0.8)
+        return await broken(node, request)
+
+    cluster.add("n1", begin_run=fails_late)
+    cluster.add("n2")
+    report = cluster.run(PLAN | {"waves": [1, "100%"]}).run()
+    assert states(report) == {"n1": "failed", "n2": "skipped"}
+    assert told(report.results())[DEBIAN, "n1"] == "StorageError"
+
+
+# Waves
+
+
+def test_a_node_that_is_to_have_nothing_does_not_fail_its_wave(cluster: FakeCluster) -> None:
+    for name in ("n1", "n2", "n3", "n4"):
+        cluster.add(name)
+    cluster.platforms["n2"] = "linux/arm64"
+    image = {"reference": "debian:12", "platforms": ["linux/amd64"]}
+    report = cluster.run({"images": [image], "waves": [2, "100%"]}).run()
+    assert states(report) == {"n1": "ready", "n2": "skipped", "n3": "ready", "n4": "ready"}
+    assert [wave.passed for wave in report.waves] == [True, True]
+    assert report.exit_code == 0
+
+
 # Nodes that die, and what no run leaves open
 
 
