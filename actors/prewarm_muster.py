@@ -53,7 +53,7 @@ class Muster:
         Returns those that did in good time, in the order of their names, and those that are late
         with what tells whether they have begun after all; ``for_all`` waits until there are none,
         which the deadline of each node's beginning bounds. Raises UsageError when the plan selects
-        none.
+        none of the nodes that are there first.
         """
         chosen = await self._select(list(described), wave)
         begun = time.monotonic()
@@ -90,6 +90,8 @@ class Muster:
     async def _select(self, described: list[Mapping[str, Any]], wave: int) -> list[RunNode]:
         context = self._context
         selection = context.plan.nodes
+        # Later ones are of nodes that join, which say nothing of those that were there before.
+        is_first = not self.names
         reports = await asyncio.gather(*(self._probe(entry) for entry in described))
         wished = [
             (report.node_id, self._wished_name(entry, report))
@@ -123,9 +125,11 @@ class Muster:
                 unpackers=_unpackers(context.settings.unpack.workers, fact.resources),
             )
             found.append(node)
-        for pattern in selection.unmatched(facts):
-            context.state.warnings.append(f"no node is called {pattern}")
-        if not found and not context.state.nodes:
+        if is_first:
+            context.state.warnings += [
+                f"no node is called {pattern}" for pattern in selection.unmatched(facts)
+            ]
+        if is_first and not found and not context.state.nodes:
             names = ", ".join(fact.name for fact in facts)
             raise UsageError("nodes", f"the plan selects none of the cluster's nodes ({names})")
         found.sort(key=lambda node: _natural(node.name))

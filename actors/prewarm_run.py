@@ -47,6 +47,8 @@ class ClusterRun:
         self._late: dict[asyncio.Task[bool], RunNode] = {}
         self._stores: dict[str, asyncio.Lock] = {}
         self._wave = 0
+        # Those whose actors were ended because all was done: in a run that goes on, before a join.
+        self._rested: set[RunNode] = set()
         self._news = asyncio.Event()
         self._silent = SilentNodes(context.plan.failure.tries, on_return=self._news.set)
 
@@ -68,7 +70,8 @@ class ClusterRun:
         """Name the nodes, select those that the plan wants, and have each begin.
 
         Returns those that did in good time, in the order of their names; the others have failed or
-        are late, with ``for_all`` none is. Raises UsageError when the plan selects none.
+        are late, with ``for_all`` none is. Raises UsageError when the plan selects none of
+        those that are there first.
         """
         ready, late = await self._muster.gather(described, self._wave, for_all=for_all)
         self._late |= late
@@ -315,8 +318,10 @@ class ClusterRun:
 
     async def _follow_writer(self, node: RunNode) -> None:
         """Look at a store that another node fills, once that one has; fill it if it did not."""
-        writer = next(other for other in self.nodes.values() if other.name == node.shares_with)
-        await writer.finished.wait()
+        writers = [other for other in self.nodes.values() if other.name == node.shares_with]
+        # None when it has left a cluster that is watched.
+        for writer in writers:
+            await writer.finished.wait()
         async with self._stores.setdefault(node.nonce, asyncio.Lock()):
             await self._survey(node)
             if node.lacks:
@@ -329,15 +334,20 @@ class ClusterRun:
     # -- watching ---------------------------------------------------------------------------------
 
     def note_living(self, alive: Mapping[str, Any], *, is_over: bool = False) -> None:
-        """Take note of who is gone; ``is_over``: the run is, and nodes may leave as they like."""
+        """Take note of who is gone; ``is_over``: the run is, and nodes may leave as they like.
+
+        So may those that were ready when it was, while others that have joined are warmed.
+        """
         context = self._context
         for node_id, node in list(self.nodes.items()):
             if node_id in alive or node.is_dead:
                 continue
+            is_idle = node in self._rested and context.state.nodes[node.name].state == "ready"
             self._lose(node, "the node has left the cluster or is dead")
-            if is_over:
+            if is_over or is_idle:
                 context.state.warnings.append(f"{node.name} has left the cluster")
                 context.state.forget_node(node.name)
+                self._rested.discard(node)
                 del self.nodes[node_id]
         self._silent.look(alive)
 
@@ -379,11 +389,14 @@ class ClusterRun:
 
     async def rest(self) -> None:
         """End all actors on the nodes: an autoscaler must be able to take an idle one away."""
+        self._rested = set(self.nodes.values())
         await asyncio.gather(*(node.end() for node in self.nodes.values()))
 
     async def join(self, described: Sequence[Mapping[str, Any]]) -> None:
         """Warm nodes that have come to a cluster that was warm, from some that are."""
         nodes = await self.gather(described)
+        for reference in self._images.forget_failures():
+            self._context.state.update_image(reference, error=None)
         ready = [
             node
             for node in self.nodes.values()

@@ -17,6 +17,7 @@ from stowray.pipeline.errors import (
     DeadlineError,
     NotFoundError,
     StorageError,
+    UnavailableError,
     describe,
 )
 from tests.support.fake_cluster import FakeCluster, FakeNode, after, later
@@ -249,3 +250,73 @@ def test_the_command_of_a_dry_run_tells_what_fails(
     assert "warning: no node is called other" in captured.out
     cluster.behaviour["n1"] = {"survey": hang}
     assert command(["plan", "-f", str(file), "--deadline", "0.4"]) == DeadlineError.exit_code
+
+
+# A cluster that is watched
+
+
+def test_a_watch_outlives_all_nodes_it_selected(cluster: FakeCluster) -> None:
+    cluster.add("driver")
+    cluster.add("worker-1")
+    later(0.8, lambda: cluster.remove("worker-1"))
+    later(1.2, lambda: cluster.add("gpu-1"))
+    later(2.0, lambda: cluster.add("worker-2"))
+    plan = PLAN | {"nodes": {"names": ["worker-*"]}}
+    report = cluster.run(plan, watch=True).run(after(3.2))
+    assert states(report) == {"worker-2": "ready"}
+    assert report.warnings == ("worker-1 has left the cluster",)
+
+
+def test_a_join_does_not_miss_the_nodes_that_were_there_before(cluster: FakeCluster) -> None:
+    cluster.add("head-1")
+    cluster.add("worker-1")
+    later(0.8, lambda: cluster.add("worker-2"))
+    plan = PLAN | {"nodes": {"names": ["head-1", "worker-*", "other"]}}
+    report = cluster.run(plan, watch=True).run(after(2.0))
+    assert set(states(report).values()) == {"ready"}
+    assert len(report.nodes) == 3
+    assert report.warnings == ("no node is called other",)
+
+
+def test_what_did_not_resolve_is_asked_for_again_when_a_node_joins(cluster: FakeCluster) -> None:
+    up = after(0.5)
+    cluster.refusals[DEBIAN] = lambda: None if up() else UnavailableError("r", 503, "X", "down")
+    cluster.add("worker-1")
+    later(0.8, lambda: cluster.add("worker-2"))
+    report = cluster.run(PLAN, watch=True).run(after(2.2))
+    assert states(report) == {"worker-1": "failed", "worker-2": "ready"}
+    assert report.images[0].error is None
+    assert cluster.resolved == [DEBIAN, DEBIAN]
+
+
+def test_what_did_not_resolve_is_asked_for_once_in_a_run(cluster: FakeCluster) -> None:
+    cluster.refusals[NOSUCH] = NotFoundError("nosuch:latest", "docker.io")
+    for name in ("n1", "n2", "n3"):
+        cluster.add(name)
+    cluster.add("n4", begin_run=slow)
+    report = cluster.run(BOTH).run()
+    assert set(states(report).values()) == {"partial"}
+    assert cluster.resolved.count(NOSUCH) == 1
+
+
+def test_an_idle_node_may_leave_while_another_is_warmed(cluster: FakeCluster) -> None:
+    async def slow_pull(node: FakeNode, request: dict[str, Any]) -> Any:
+        await asyncio.sleep(1.0)
+        return await node.do_pull(request)
+
+    cluster.add("worker-1")
+    cluster.add("worker-3")
+    later(0.8, lambda: cluster.add("worker-2", pull=slow_pull))
+    later(1.6, lambda: cluster.remove("worker-1"))
+    report = cluster.run(PLAN, watch=True).run(after(4.0))
+    assert states(report) == {"worker-2": "ready", "worker-3": "ready"}
+    assert report.warnings == ("worker-1 has left the cluster",)
+    assert report.exit_code == 0
+
+
+def test_a_node_that_leaves_while_it_is_warmed_is_missed(cluster: FakeCluster) -> None:
+    cluster.add("worker-1")
+    later(0.8, lambda: cluster.add("worker-2", pull=hang))
+    later(2.0, lambda: cluster.remove("worker-2"))
+    report = cluster.run(PLAN, watch=True).run(after(3.5))
+    assert states(report) == {"worker-1": "ready", "worker-2": "dead"}
