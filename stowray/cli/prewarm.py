@@ -45,7 +45,7 @@ _SELECTION: Final = (
         "--nodes",
         metavar="PATTERN",
         multiple=True,
-        help="Only nodes of this name, ID or address; * and ? match. Repeatable.",
+        help="Only nodes of this name, ID or address; * ? [...] as in a shell. Repeatable.",
     ),
     click.option(
         "--label",
