@@ -22,7 +22,13 @@ from stowray.actors.headwatch import HeadWatch
 from stowray.actors.prewarm_access import on_any_node
 from stowray.actors.wire import origin_environment
 from stowray.pipeline.engine import never
-from stowray.pipeline.errors import CancelledError, DeadlineError, StowrayError, describe
+from stowray.pipeline.errors import (
+    CancelledError,
+    DeadlineError,
+    NodeError,
+    StowrayError,
+    describe,
+)
 from stowray.pipeline.lock_file import read_lock
 
 if TYPE_CHECKING:
@@ -34,6 +40,7 @@ if TYPE_CHECKING:
     from stowray.actors.prewarm_run import ClusterRun
     from stowray.actors.prewarm_state import RunState
     from stowray.pipeline.cluster_plan import ClusterPlan
+    from stowray.pipeline.dry_run import DryRun
     from stowray.pipeline.lock_file import LockFile
     from stowray.pipeline.prewarm_plan import PrewarmPlan
     from stowray.pipeline.prewarm_report import PrewarmReport
@@ -55,6 +62,13 @@ def _states_of(report: PrewarmReport) -> str:
     """Return how many nodes are in which state."""
     states = Counter(node.state for node in report.nodes)
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "no nodes"
+
+
+def _why(error: BaseException | None) -> dict[str, Any]:
+    """Return what rows are told that were open when the run ended, with ``error`` if it did so."""
+    if isinstance(error, StowrayError):
+        return describe(error)
+    return describe(NodeError("the run", "has ended before anything became of it"))
 
 
 def _to_nobody(_report: PrewarmReport) -> None:
@@ -89,10 +103,16 @@ class PrewarmRun:
         self._stack = ExitStack()
         self._ray: RayAddress | None = None
 
-    def plan(self, cancelled: Callable[[], bool] = never) -> ClusterPlan:
-        """Return what :meth:`run` would do; looks at every node and changes nothing."""
-        found: ClusterPlan = self._carry_out("plan", _plan, cancelled)[1]
-        return found
+    def plan(self, cancelled: Callable[[], bool] = never) -> DryRun:
+        """Return what :meth:`run` would do; looks at every node and changes nothing.
+
+        Raises what :meth:`run` does, and CancelledError or DeadlineError when it was ended before
+        it was known: half a plan is none.
+        """
+        from stowray.pipeline.dry_run import DryRun
+
+        report, found = self._carry_out("plan", _plan, cancelled)
+        return DryRun(found, report)
 
     def run(self, cancelled: Callable[[], bool] = never) -> PrewarmReport:
         """Bring every image to every node and return what came of it.
@@ -127,9 +147,13 @@ class PrewarmRun:
         try:
             value = under.wait(work)
         except BaseException as error:
+            under.state.fail_open(_why(error))
             under.tell_job("failed", str(error) or type(error).__name__)
             self.on_change(under.state.report())
             raise
+        if command != "plan":
+            # A report of a run that has ended leaves nothing open, whatever was overlooked.
+            under.state.fail_open(_why(None))
         report = under.state.report()
         if command == "prewarm" and report.exit_code:
             under.tell_job("failed", f"not everything is where it should be: {_states_of(report)}")
@@ -307,15 +331,9 @@ class _Under:
             # All was done; only nodes that might come were waited for.
             return
         state.interrupted = isinstance(reason, CancelledError)
-        for name in list(state.nodes):
-            left = state.open_cells(name)
-            for cell in left:
-                state.update_cell(name, cell.reference, status="failed", error=describe(reason))
-            if left:
-                state.settle_node(name)
-            elif state.nodes[name].state in ("waiting", "working"):
-                state.fail_node(name, describe(reason))
-        if not isinstance(reason, CancelledError | DeadlineError) or not state.nodes:
+        state.fail_open(describe(reason))
+        is_told = isinstance(reason, CancelledError | DeadlineError) and bool(state.nodes)
+        if not is_told or state.command == "plan":
             raise reason
 
     def tell_job(self, status: str, error: str = "") -> None:
@@ -340,7 +358,7 @@ class _Under:
 
 
 async def _plan(under: _Under) -> ClusterPlan:
-    nodes = await under.cluster.gather((await under.nodes()).values())
+    nodes = await under.cluster.gather((await under.nodes()).values(), for_all=True)
     await under.cluster.look(nodes)
     return under.cluster.cluster_plan()
 
@@ -377,7 +395,7 @@ async def _go_on(under: _Under) -> None:
 
 
 async def _status(under: _Under) -> None:
-    nodes = await under.cluster.gather((await under.nodes()).values())
+    nodes = await under.cluster.gather((await under.nodes()).values(), for_all=True)
     await under.cluster.assign(nodes)
     await asyncio.gather(*(_look(under, node) for node in nodes))
 

@@ -1,7 +1,8 @@
 """The images of a pre-warm run: each resolved once for the whole cluster, pinned, and locked.
 
 Invariant: all nodes of a run get what a reference named when it was first asked for, or what the
-lock file says; a reference that cannot be resolved fails alone.
+lock file says; a reference that cannot be resolved fails alone, and only for nodes that join it is
+asked for anew.
 """
 
 from __future__ import annotations
@@ -93,6 +94,16 @@ class RunImages:
     def all(self) -> list[RunImage]:
         """Return all that were resolved, in order."""
         return [found for found in self._found.values() if isinstance(found, RunImage)]
+
+    def forget_failures(self) -> set[str]:
+        """Have what could not be resolved asked for again; return these references.
+
+        A registry that was down, or an image that was not there yet, may be there by now.
+        """
+        failed = {key for key, found in self._found.items() if not isinstance(found, RunImage)}
+        for key in failed:
+            del self._found[key]
+        return {canonical for canonical, _ in failed}
 
     async def get(self, wish: ImageWish, node_platform: Platform) -> RunImage | StowrayError | None:
         """Return the image that a node of that platform gets, or why there is none.

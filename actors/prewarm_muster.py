@@ -46,18 +46,22 @@ class Muster:
         return self.names.get(self._driver_node, "")
 
     async def gather(
-        self, described: Iterable[Mapping[str, Any]], wave: int
+        self, described: Iterable[Mapping[str, Any]], wave: int, *, for_all: bool = False
     ) -> tuple[list[RunNode], dict[asyncio.Task[bool], RunNode]]:
         """Name the nodes, select those that the plan wants, and have each begin.
 
         Returns those that did in good time, in the order of their names, and those that are late
-        with what tells whether they have begun after all. Raises UsageError when the plan selects
-        none.
+        with what tells whether they have begun after all; ``for_all`` waits until there are none,
+        which the deadline of each node's beginning bounds. Raises UsageError when the plan selects
+        none of the nodes that are there first.
         """
         chosen = await self._select(list(described), wave)
         begun = time.monotonic()
         tasks = {asyncio.ensure_future(self.begin(node)): node for node in chosen}
-        await _most(tasks, begun)
+        if for_all:
+            await asyncio.gather(*tasks)
+        else:
+            await _most(tasks, begun)
         late = {task: node for task, node in tasks.items() if not task.done()}
         return [node for task, node in tasks.items() if task.done() and task.result()], late
 
@@ -86,6 +90,8 @@ class Muster:
     async def _select(self, described: list[Mapping[str, Any]], wave: int) -> list[RunNode]:
         context = self._context
         selection = context.plan.nodes
+        # Later ones are of nodes that join, which say nothing of those that were there before.
+        is_first = not self.names
         reports = await asyncio.gather(*(self._probe(entry) for entry in described))
         wished = [
             (report.node_id, self._wished_name(entry, report))
@@ -119,9 +125,11 @@ class Muster:
                 unpackers=_unpackers(context.settings.unpack.workers, fact.resources),
             )
             found.append(node)
-        for pattern in selection.unmatched(facts):
-            context.state.warnings.append(f"no node is called {pattern}")
-        if not found and not context.state.nodes:
+        if is_first:
+            context.state.warnings += [
+                f"no node is called {pattern}" for pattern in selection.unmatched(facts)
+            ]
+        if is_first and not found and not context.state.nodes:
             names = ", ".join(fact.name for fact in facts)
             raise UsageError("nodes", f"the plan selects none of the cluster's nodes ({names})")
         found.sort(key=lambda node: _natural(node.name))

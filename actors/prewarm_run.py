@@ -20,10 +20,10 @@ from stowray.actors.prewarm_silent import SilentNodes
 from stowray.pipeline.cluster_plan import ClusterPlan
 from stowray.pipeline.errors import NodeError, StowrayError, describe
 from stowray.pipeline.prewarm_plan import expand_waves
-from stowray.pipeline.prewarm_rows import WaveRow
+from stowray.pipeline.prewarm_rows import WaveRow, count_ready
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Container, Iterable, Mapping, Sequence
 
     from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_images import RunImages
@@ -47,6 +47,8 @@ class ClusterRun:
         self._late: dict[asyncio.Task[bool], RunNode] = {}
         self._stores: dict[str, asyncio.Lock] = {}
         self._wave = 0
+        # Those whose actors were ended because all was done: in a run that goes on, before a join.
+        self._rested: set[RunNode] = set()
         self._news = asyncio.Event()
         self._silent = SilentNodes(context.plan.failure.tries, on_return=self._news.set)
 
@@ -62,13 +64,16 @@ class ClusterRun:
         """Return the names of all nodes that were ever seen, by Ray's ID."""
         return self._muster.names
 
-    async def gather(self, described: Iterable[Mapping[str, Any]]) -> list[RunNode]:
+    async def gather(
+        self, described: Iterable[Mapping[str, Any]], *, for_all: bool = False
+    ) -> list[RunNode]:
         """Name the nodes, select those that the plan wants, and have each begin.
 
         Returns those that did in good time, in the order of their names; the others have failed or
-        are late. Raises UsageError when the plan selects none.
+        are late, with ``for_all`` none is. Raises UsageError when the plan selects none of
+        those that are there first.
         """
-        ready, late = await self._muster.gather(described, self._wave)
+        ready, late = await self._muster.gather(described, self._wave, for_all=for_all)
         self._late |= late
         # Documents are kept in the store of the node that this is.
         self._images.node = self._muster.driver_name
@@ -216,24 +221,36 @@ class ClusterRun:
             state.waves[number] = WaveRow(number, tuple(wave), started=round(state.seconds, 3))
             await self.warm([able[name] for name in wave if name in able], with_late=is_last)
             so_far += wave
-            ready = sum(state.nodes[name].state == "ready" for name in so_far)
-            passed = failure.is_enough(ready, len(so_far))
+            if not is_last and not failure.is_enough(*self._count_ready(so_far)):
+                # Who is late may be just what is missing, and would be told nothing otherwise.
+                await self.warm([], late=set(so_far))
+            ready, counted = self._count_ready(so_far)
+            passed = failure.is_enough(ready, counted)
             state.waves[number] = replace(
                 state.waves[number],
-                ready=sum(state.nodes[name].state == "ready" for name in wave),
+                ready=self._count_ready(wave)[0],
                 completed=round(state.seconds, 3),
                 passed=passed,
             )
             state.changed = True
             if not passed and not is_last:
-                reason = f"not begun: only {ready} of the {len(so_far)} nodes before it are ready"
+                reason = f"not begun: only {ready} of the {counted} nodes before it are ready"
                 for name in names[len(so_far) :]:
                     if state.nodes[name].state == "waiting":
                         state.skip_node(name, NodeError(name, reason))
                 return
 
-    async def warm(self, nodes: Sequence[RunNode], *, with_late: bool = False) -> None:
-        """Bring these nodes to have their images, as many at a time as the plan allows."""
+    def _count_ready(self, names: Iterable[str]) -> tuple[int, int]:
+        return count_ready(self._context.state.nodes[name] for name in names)
+
+    async def warm(
+        self, nodes: Sequence[RunNode], *, with_late: bool = False, late: Container[str] = ()
+    ) -> None:
+        """Bring these nodes to have their images, as many at a time as the plan allows.
+
+        With them those of these names that are ``late``, or ``with_late`` all who are and who come
+        back; how long they may take is bounded by the deadline of their beginning.
+        """
         waiting = deque(node for node in nodes if not node.shares_with)
         at_once = self._context.plan.limits.nodes_at_once or (1 << 30)
         working: dict[asyncio.Task[Any], RunNode | None] = {
@@ -241,10 +258,12 @@ class ClusterRun:
             for node in nodes
             if node.shares_with
         }
-        late = self._late if with_late else {}
-        while waiting or working or late:
+        while True:
             if with_late:
                 self._take_back()
+            coming = [task for task, node in self._late.items() if with_late or node.name in late]
+            if not (waiting or working or coming):
+                return
             busy = [node for node in working.values() if node is not None]
             room = at_once - len(busy)
             if waiting and room > 0:
@@ -256,7 +275,7 @@ class ClusterRun:
             news = asyncio.ensure_future(self._news.wait())
             try:
                 done, _ = await asyncio.wait(
-                    {*working, *late, news}, return_when=asyncio.FIRST_COMPLETED
+                    {*working, *coming, news}, return_when=asyncio.FIRST_COMPLETED
                 )
             finally:
                 news.cancel()
@@ -265,7 +284,7 @@ class ClusterRun:
                     del working[task]
                     task.result()
                     continue
-                node = late.pop(task)
+                node = self._late.pop(task)
                 if task.result():
                     # It may have begun anew since it was late first.
                     node = self.nodes[node.node_id]
@@ -299,8 +318,10 @@ class ClusterRun:
 
     async def _follow_writer(self, node: RunNode) -> None:
         """Look at a store that another node fills, once that one has; fill it if it did not."""
-        writer = next(other for other in self.nodes.values() if other.name == node.shares_with)
-        await writer.finished.wait()
+        writers = [other for other in self.nodes.values() if other.name == node.shares_with]
+        # None when it has left a cluster that is watched.
+        for writer in writers:
+            await writer.finished.wait()
         async with self._stores.setdefault(node.nonce, asyncio.Lock()):
             await self._survey(node)
             if node.lacks:
@@ -313,15 +334,20 @@ class ClusterRun:
     # -- watching ---------------------------------------------------------------------------------
 
     def note_living(self, alive: Mapping[str, Any], *, is_over: bool = False) -> None:
-        """Take note of who is gone; ``is_over``: the run is, and nodes may leave as they like."""
+        """Take note of who is gone; ``is_over``: the run is, and nodes may leave as they like.
+
+        So may those that were ready when it was, while others that have joined are warmed.
+        """
         context = self._context
         for node_id, node in list(self.nodes.items()):
             if node_id in alive or node.is_dead:
                 continue
+            is_idle = node in self._rested and context.state.nodes[node.name].state == "ready"
             self._lose(node, "the node has left the cluster or is dead")
-            if is_over:
+            if is_over or is_idle:
                 context.state.warnings.append(f"{node.name} has left the cluster")
                 context.state.forget_node(node.name)
+                self._rested.discard(node)
                 del self.nodes[node_id]
         self._silent.look(alive)
 
@@ -363,11 +389,14 @@ class ClusterRun:
 
     async def rest(self) -> None:
         """End all actors on the nodes: an autoscaler must be able to take an idle one away."""
+        self._rested = set(self.nodes.values())
         await asyncio.gather(*(node.end() for node in self.nodes.values()))
 
     async def join(self, described: Sequence[Mapping[str, Any]]) -> None:
         """Warm nodes that have come to a cluster that was warm, from some that are."""
         nodes = await self.gather(described)
+        for reference in self._images.forget_failures():
+            self._context.state.update_image(reference, error=None)
         ready = [
             node
             for node in self.nodes.values()

@@ -119,8 +119,11 @@ class RunState:
         """Change a cell, made if there is none, and the state of its node with it."""
         key = (node, reference)
         row = self.nodes[node]
-        if row.state in _LAST and key in self.cells:
-            return
+        if row.state in _LAST:
+            if key in self.cells:
+                return
+            # It was lost before its images were known: nothing comes of this one any more.
+            changes |= {"status": "failed", "error": row.error}
         self.cells[key] = replace(self.cells.get(key, Cell(node, reference)), **changes)
         self.changed = True
 
@@ -145,6 +148,20 @@ class RunState:
         state = node_state(own)
         error = next((cell.error for cell in own if cell.error is not None), None)
         self.update_node(name, state=state, error=error if state == "failed" else None)
+
+    def fail_open(self, error: Mapping[str, Any]) -> None:
+        """Let nothing stay open, for the run has ended: what is has failed with ``error``.
+
+        It is as ``errors.describe`` makes it.
+        """
+        for name in list(self.nodes):
+            left = self.open_cells(name)
+            for cell in left:
+                self.update_cell(name, cell.reference, status="failed", error=dict(error))
+            if left:
+                self.settle_node(name)
+            elif self.nodes[name].state in ("waiting", "working"):
+                self.fail_node(name, error)
 
     def skip_node(self, name: str, error: StowrayError | None) -> None:
         """Note that a node is left out; with an ``error`` it should not have been."""

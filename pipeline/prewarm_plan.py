@@ -61,7 +61,7 @@ class NodeSelection:
     """Which nodes: those that have every label and resource and one of the names.
 
     A label's value may be a list of alternatives. A name is a node's name, ID or address, or a
-    pattern with ``*`` and ``?``.
+    pattern with ``*``, ``?`` and ``[...]``, a set of characters.
     """
 
     labels: Mapping[str, tuple[str, ...]] = field(default_factory=dict)

@@ -21,6 +21,7 @@ from stowray.pipeline.prewarm_rows import (
     NodeRow,
     Remark,
     WaveRow,
+    count_ready,
 )
 from stowray.pipeline.source import parse_source
 
@@ -32,7 +33,7 @@ FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class PrewarmReport:
-    """All of a run; ``started`` is UTC as in RFC 3339, ``command`` is prewarm or status.
+    """All of a run; ``started`` is UTC as in RFC 3339, ``command`` is prewarm, status or plan.
 
     ``minimum_ready`` is the plan's fraction: below it the run as a whole counts as failed
     (``enough``). ``warnings`` are sentences for people.
@@ -62,8 +63,9 @@ class PrewarmReport:
     def exit_code(self) -> int:
         """The command's exit status.
 
-        0: every image is on every node, or ``is_tolerated``; 130: interrupted; that of the error
-        when everything failed with one status; else 1.
+        0: every image is on every node (of a dry run: nothing keeps it from there), or
+        ``is_tolerated``; 130: interrupted; that of the error when everything failed with one
+        status; else 1.
         """
         if self.interrupted:
             return errors.CancelledError.exit_code
@@ -79,10 +81,8 @@ class PrewarmReport:
         """Whether at least the fraction of nodes is ready that the plan asked for."""
         from stowray.pipeline.prewarm_plan import FailurePolicy
 
-        # Who was left out for a reason that is no error is not waited for.
-        counted = [node for node in self.nodes if node.state != "skipped" or node.error]
-        ready = sum(node.state == "ready" for node in counted)
-        return FailurePolicy(minimum_ready=self.minimum_ready).is_enough(ready, len(counted))
+        policy = FailurePolicy(minimum_ready=self.minimum_ready)
+        return policy.is_enough(*count_ready(self.nodes))
 
     @property
     def is_tolerated(self) -> bool:
@@ -192,8 +192,9 @@ class PrewarmReport:
 
     def _outcome(self) -> tuple[bool, set[int]]:
         """Return whether anything is fine, and the exit statuses of what is not."""
-        fine = any(cell.is_fine for cell in self.cells)
-        codes = {_code(cell) for cell in self.cells if not cell.is_fine}
+        failed = [cell for cell in self.cells if not self._is_fine(cell)]
+        fine = len(failed) < len(self.cells)
+        codes = {_code(cell) for cell in failed}
         seen_nodes = {cell.node for cell in self.cells}
         codes |= {
             exit_code_of(node.error)
@@ -207,6 +208,10 @@ class PrewarmReport:
         }
         codes |= {exit_code_of(entry.error) for entry in self.deliveries if entry.error is not None}
         return fine, codes
+
+    def _is_fine(self, cell: Cell) -> bool:
+        # A dry run brings nothing: there it is enough that nothing has failed.
+        return cell.is_fine or (self.command == "plan" and cell.error is None)
 
     def _cells_of(self, reference: str) -> list[Cell]:
         return [cell for cell in self.cells if cell.reference == reference]

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 PEER: Final = "peer:"
 STORE: Final = "store"
 
-# The first two while the run goes on, never in the report of a run that has ended.
+# The first two while the run goes on, never in the report of a run that has ended; a dry run's has
+# them for what is planned.
 NodeState = Literal[
     "waiting", "working", "ready", "partial", "failed", "dead", "refused", "skipped"
 ]
@@ -199,6 +200,15 @@ def node_state(cells: Sequence[Cell]) -> NodeState:
     if all(cell.is_fine for cell in cells):
         return "ready" if any(cell.present for cell in cells) else "skipped"
     return "partial" if any(cell.present for cell in cells) else "failed"
+
+
+def count_ready(nodes: Iterable[NodeRow]) -> tuple[int, int]:
+    """Return how many of ``nodes`` are ready, and of how many that could be.
+
+    Who was left out for a reason that is no error is not waited for.
+    """
+    counted = [node for node in nodes if node.state != "skipped" or node.error]
+    return sum(node.state == "ready" for node in counted), len(counted)
 
 
 def lost_cells(cells: Iterable[Cell], node: str, reason: str) -> list[Cell]:

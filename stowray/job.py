@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
-    from stowray.pipeline.cluster_plan import ClusterPlan
+    from stowray.pipeline.dry_run import DryRun
     from stowray.pipeline.prewarm_plan import PrewarmPlan
     from stowray.pipeline.progress import Event, Key, Progress
     from stowray.pipeline.settings import Settings
@@ -41,7 +41,7 @@ class Run(Protocol):
 
     on_change: Callable[[PrewarmReport], None]
 
-    def plan(self, cancelled: Callable[[], bool]) -> ClusterPlan:
+    def plan(self, cancelled: Callable[[], bool]) -> DryRun:
         """Return what :meth:`run` would do."""
 
     def run(self, cancelled: Callable[[], bool]) -> PrewarmReport:

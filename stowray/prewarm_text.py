@@ -17,7 +17,7 @@ from stowray.text import seconds_text, size_text
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from stowray.pipeline.cluster_plan import ClusterPlan
+    from stowray.pipeline.dry_run import DryRun
     from stowray.pipeline.prewarm_report import PrewarmReport
     from stowray.pipeline.prewarm_rows import Cell, NodeRow
 
@@ -169,8 +169,12 @@ def states_text(states: Mapping[Any, int]) -> str:
     return ", ".join(f"{count} {state}" for state, count in sorted(states.items())) or "none"
 
 
-def plan_text(plan: ClusterPlan) -> list[str]:
-    """Return a dry run as people read it: totals, then nodes, then blobs."""
+def plan_text(dry: DryRun) -> list[str]:
+    """Return a dry run as people read it: totals, then nodes, then blobs.
+
+    What failed before there was anything to plan is for :func:`failures`.
+    """
+    plan = dry.plan
     references = len({image.reference for image in plan.images})
     head = f"{count_text(references, 'image')} on {count_text(len(plan.nodes), 'node')}"
     sources = (
@@ -214,7 +218,7 @@ def plan_text(plan: ClusterPlan) -> list[str]:
         )
     if len(plan.blobs) > LINES_LIMIT:
         lines.append(f"… and {count_text(len(plan.blobs) - LINES_LIMIT, 'blob')} more")
-    lines += [f"warning: {escape(warning)}" for warning in plan.warnings]
+    lines += [f"warning: {escape(warning)}" for warning in dry.warnings]
     return lines
 
 

@@ -45,7 +45,7 @@ _SELECTION: Final = (
         "--nodes",
         metavar="PATTERN",
         multiple=True,
-        help="Only nodes of this name, ID or address; * and ? match. Repeatable.",
+        help="Only nodes of this name, ID or address; * ? [...] as in a shell. Repeatable.",
     ),
     click.option(
         "--label",
@@ -195,19 +195,19 @@ def plan_file(
     """
     plan = _plan(context, references, file, options)
     with Running(context) as running:
-        cluster = running.make(plan, file, lock, watch=False).plan(running.cancelled)
+        dry = running.make(plan, file, lock, watch=False).plan(running.cancelled)
+    from stowray.prewarm_text import failures, plan_text
+
     if context.json:
-        total = {"reference": None, "node": None, "plan": cluster.to_dict()}
-        for result in (*cluster.results(), total):
+        total = {"reference": None, "node": None, "plan": dry.to_dict()}
+        for result in (*dry.results(), total):
             print(json.dumps(result))  # noqa: T201
     else:
-        from stowray.prewarm_text import plan_text
-
-        print("\n".join(plan_text(cluster)))  # noqa: T201
-    codes = {_code(node.error) for node in cluster.refused}
-    if not codes:
-        return 0
-    return codes.pop() if len(codes) == 1 and not cluster.accepted else 1
+        print("\n".join(plan_text(dry)))  # noqa: T201
+    # With a log of JSON lines they have been told as they came.
+    for line in () if context.log.as_json else failures(dry.report):
+        print(f"stowray: {line}", file=sys.stderr)  # noqa: T201
+    return dry.exit_code
 
 
 class Outputs:
@@ -338,12 +338,6 @@ def _number_or_text(text: str | None) -> float | int | str | None:
         return int(text) if text.isdecimal() else float(text)
     except ValueError:
         return text
-
-
-def _code(error: Any) -> int:
-    from stowray.pipeline.prewarm_report import exit_code_of
-
-    return exit_code_of(error)
 
 
 def _file_name(node: str) -> str:

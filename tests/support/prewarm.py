@@ -12,7 +12,7 @@ from stowray.pipeline.prewarm_rows import BlobSpan, Cell, ImageRow, NodeRow
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from stowray.pipeline.cluster_plan import ClusterPlan
+    from stowray.pipeline.dry_run import DryRun
     from stowray.pipeline.errors import StowrayError
     from stowray.pipeline.progress import Progress
 
@@ -85,15 +85,15 @@ class ScriptedRun:
     gate: threading.Event = field(default_factory=threading.Event)
     closed: int = 0
     repaired: list[bool] = field(default_factory=list)
-    cluster_plan: ClusterPlan | None = None
+    dry_run: DryRun | None = None
 
     def __post_init__(self) -> None:
         self.on_change: Callable[[PrewarmReport], None] = lambda _report: None
 
-    def plan(self, _cancelled: Callable[[], bool]) -> ClusterPlan:
+    def plan(self, _cancelled: Callable[[], bool]) -> DryRun:
         """Return what the test gave."""
-        assert self.cluster_plan is not None
-        return self.cluster_plan
+        assert self.dry_run is not None
+        return self.dry_run
 
     def run(self, cancelled: Callable[[], bool]) -> PrewarmReport:
         """Go through the steps."""

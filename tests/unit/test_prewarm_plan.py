@@ -290,6 +290,13 @@ def test_nodes_are_selected(table: dict[str, object], names: list[str]) -> None:
     assert [node.name for node in (GPU, HEAD) if selection.takes(node)] == names
 
 
+def test_brackets_in_a_name_are_a_set_of_characters() -> None:
+    node = NodeFacts("gpu[0]", "id", "10.0.0.1")
+    assert not NodeSelection(names=("gpu[0]",)).takes(node)
+    assert NodeSelection(names=("gpu[[]0]",)).takes(node)
+    assert NodeSelection(names=("gpu[01]",)).takes(NodeFacts("gpu1", "id", "10.0.0.1"))
+
+
 def test_names_that_no_node_has_are_told() -> None:
     assert NodeSelection(names=("n1", "x*")).unmatched([GPU, HEAD]) == ("x*",)
 

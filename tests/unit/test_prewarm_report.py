@@ -24,6 +24,7 @@ from stowray.pipeline.prewarm_rows import (
     NodeState,
     Remark,
     WaveRow,
+    count_ready,
     lost_cells,
     node_state,
     origin_and_peer_bytes,
@@ -358,3 +359,14 @@ def test_an_unknown_class_is_a_plain_failure() -> None:
     assert exit_code_of({"type": "escape"}) == 1
     assert exit_code_of({"type": "FutureError"}) == 1
     assert exit_code_of(None) == 0
+
+
+def test_who_is_to_have_nothing_is_not_counted_and_who_was_not_begun_is() -> None:
+    rows = (
+        NodeRow("a", state="ready"),
+        NodeRow("b", state="skipped"),
+        NodeRow("c", state="skipped", error=NODE),
+        NodeRow("d", state="failed", error=NODE),
+    )
+    assert count_ready(rows) == (1, 3)
+    assert count_ready(()) == (0, 0)
