@@ -13,11 +13,13 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from stowray.pipeline.digest import HEX_LENGTHS, Digest
+from stowray.pipeline.documents import CONFIG_LIMIT, parse_config
 from stowray.pipeline.entry_list import entry_list_path
 from stowray.pipeline.errors import (
     CancelledError,
     InvalidDigestError,
     LayerError,
+    ManifestError,
     NotFoundError,
     StorageError,
     escape,
@@ -163,6 +165,7 @@ class _Check:
         self._bad_layers: set[str] = set()
         self._unproven: set[str] = set()
         self._left: list[Damage] = []
+        self._layers: dict[Digest, Digest] | None = None  # of all images, by diff ID
         self._counts = {"blobs": 0, "size": 0, "trees": 0}
         self.links: dict[str, Snapshot] = {link.chain_id: link for link in self._snapshots.all()}
 
@@ -282,7 +285,8 @@ class _Check:
         tree = self._snapshots.trees.tree(snapshot.layer)
         more = 0
         try:
-            with self._snapshots.rebuilt(snapshot, self._open_read(snapshot.blob)) as fresh:
+            blob = self._blob_of(snapshot)
+            with self._snapshots.rebuilt(snapshot, self._open_read(blob)) as fresh:
                 for number, (path, reason) in enumerate(compare_trees(fresh, tree)):
                     if number < _MOST_PATHS:
                         place = f"{tree}/{escape(path)}" if path else str(tree)
@@ -299,6 +303,30 @@ class _Check:
             self._tree_damage(snapshot, str(tree), f"cannot be made anew: {error}")
         if more:
             self._tree_damage(snapshot, str(tree), f"and {more} more paths differ")
+
+    def _blob_of(self, snapshot: Snapshot) -> Digest:
+        """Return the blob that a tree is made anew from: the one it came from, if that is kept.
+
+        Another image may have the same layer in another blob, and share the tree.
+        """
+        if self._store.has(snapshot.blob):
+            return snapshot.blob
+        if self._layers is None:
+            self._layers = dict(self._known_layers())
+        return self._layers.get(snapshot.diff_id, snapshot.blob)
+
+    def _known_layers(self) -> Iterator[tuple[Digest, Digest]]:
+        """Yield diff ID and blob of each layer of the images that are here."""
+        for record in self._store.references():
+            try:
+                config = parse_config(
+                    self._store.read_blob(record.config, CONFIG_LIMIT), record.config
+                )
+            except (NotFoundError, ManifestError):
+                continue  # told of already, with the blobs
+            for diff_id, blob in zip(config.diff_ids, record.layers, strict=False):
+                if blob not in self._bad_blobs and self._store.has(blob):
+                    yield diff_id, blob
 
     def _tree_damage(self, snapshot: Snapshot, path: str, reason: str) -> None:
         self._bad_layers.add(snapshot.layer)

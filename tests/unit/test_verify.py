@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
 
 from stowray.pipeline.clock import Boot
+from stowray.pipeline.collect import collect, remove
 from stowray.pipeline.descriptor import Descriptor
 from stowray.pipeline.digest import Digest
 from stowray.pipeline.errors import CancelledError, NotFoundError
@@ -324,6 +328,38 @@ def test_an_unknown_reference_and_a_cancellation(store: Store) -> None:
         verify(store, ["localhost/nothing:1"])
     with pytest.raises(CancelledError):
         verify(store, cancelled=lambda: True)
+
+
+def test_a_tree_that_came_from_another_image_is_compared_with_the_blob_that_is_here(
+    store: Store,
+) -> None:
+    """Two images have one layer in two blobs, and the one that its tree came from is gone."""
+    first = put_image(store, "localhost/a/first:1", BASE)
+    packed = gzip.compress(BASE)
+    config = json.dumps(
+        {
+            "architecture": "amd64",
+            "os": "linux",
+            "rootfs": {"type": "layers", "diff_ids": [str(Digest.of(BASE))]},
+        }
+    ).encode()
+    for data in (packed, config):
+        store.put_blob(Digest.of(data), data)
+    second = replace(
+        first,
+        reference="localhost/a/second:1",
+        config=Digest.of(config),
+        layers=(Digest.of(packed),),
+    )
+    store.record_reference(second)
+    remove(store, first.reference)
+    collect(store)
+    assert not store.has(Digest.of(BASE))
+    assert verify(store, deep=True).damaged == ()
+    overwrite(tree_of(store, second) / "d" / "f", b"two")
+    report = verify(store, [second.reference], deep=True)
+    assert {damage.kind for damage in report.damaged} == {"tree"}
+    assert report.trees == 1
 
 
 def test_very_deep_trees_are_compared(tmp_path: Path) -> None:
