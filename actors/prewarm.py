@@ -309,6 +309,8 @@ class _Under:
         state.interrupted = isinstance(reason, CancelledError)
         for name in list(state.nodes):
             left = state.open_cells(name)
+            if state.nodes[name].state == "working":
+                state.fail_deliveries(name, self.plan.deliver, describe(reason))
             for cell in left:
                 state.update_cell(name, cell.reference, status="failed", error=describe(reason))
             if left:

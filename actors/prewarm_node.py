@@ -1,8 +1,8 @@
 """One node of a pre-warm run, as the driver drives it.
 
 Invariant: no call to a node is waited for longer than its deadline or the node's life; an actor
-that dies is started anew and goes on where it was, a bounded number of times; a cell is fine only
-when the node has looked on its disk after the work.
+that dies is started anew and goes on where it was, a bounded number of times, and never once the
+node was ended; a cell is fine only when the node has looked on its disk after the work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from stowray.actors import cluster
 from stowray.actors.prewarm_awaited import Awaited, in_time
-from stowray.actors.prewarm_link import NodeLink
+from stowray.actors.prewarm_link import ENDED, NodeLink
 from stowray.pipeline.errors import NodeError, StowrayError, describe, from_wire
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.prewarm_rows import Delivery
@@ -81,6 +81,7 @@ class RunNode:
         self._life = 0
         self._reviving = asyncio.Lock()
         self._reviving_task: asyncio.Task[None] | None = None
+        self._is_ended = False
         self._awaited = Awaited(self.link)
         # Pulls of which nobody has heard how they ended.
         self._unheard: set[str] = set()
@@ -93,8 +94,11 @@ class RunNode:
         return self.link.is_dead
 
     def fail(self, error: StowrayError) -> None:
-        """Note that nothing more comes of the node; a dead one has been told as that."""
-        if not self.is_dead:
+        """Note that nothing more comes of the node.
+
+        A dead one has been told as that, and of one that was ended it has been said why.
+        """
+        if not self.is_dead and not self._is_ended:
             self._context.state.fail_node(self.name, describe(error))
         self.finished.set()
 
@@ -116,7 +120,14 @@ class RunNode:
         )
 
     async def begin(self) -> None:
-        """Start the actor and have it open and serve its store; raises what kept it from that."""
+        """Start the actor and have it open and serve its store; raises what kept it from that.
+
+        One that was ended begins again: it is only idle until others need it.
+        """
+        self._is_ended = False
+        await self._try_to_begin()
+
+    async def _try_to_begin(self) -> None:
         for tried in range(1, self._context.plan.failure.tries + 1):
             try:
                 await self._begin()
@@ -128,6 +139,9 @@ class RunNode:
 
     async def _begin(self) -> None:
         context = self._context
+        if self._is_ended:
+            # Whoever ended the actor made it look lost, and nobody would end another one.
+            raise NodeError(self.name, ENDED)
         self.link.start(self._unpackers)
         # Where its peers know it, if it served before.
         port = int(self.address.rpartition(":")[2] or 0)
@@ -178,7 +192,7 @@ class RunNode:
                 return
             self._life += 1
             self.is_serving = False
-            await self.begin()
+            await self._try_to_begin()
             await self._accept()
 
     def _lost(self) -> None:
@@ -198,11 +212,13 @@ class RunNode:
         self.link.tell("declare", self._context.lease_terms())
 
     def cancel(self) -> None:
-        """Have the node give up what it does, without waiting for it."""
+        """Have the node give up what it does, without waiting for it, and begin nothing more."""
+        self._is_ended = True
         self._awaited.give_up()
 
     async def end(self, seconds: float = END_SECONDS) -> None:
-        """End the actor and all that it started."""
+        """End the actor and all that it started; without :meth:`begin` there is no other."""
+        self._is_ended = True
         self.is_serving = False
         await self.hear(seconds)
         await self.link.end(seconds)
@@ -285,6 +301,9 @@ class RunNode:
     async def _bring(self, image: RunImage, limit: asyncio.Semaphore) -> None:
         async with limit:
             state, reference = self._context.state, image.planned.reference
+            # The end of a run gives up what is under way, which makes room for what was not begun.
+            if self._is_ended or not state.is_open(self.name, reference):
+                return
             state.update_cell(self.name, reference, status="working")
             state.update_node(self.name, state="working")
             begun = time.monotonic()
@@ -321,7 +340,7 @@ class RunNode:
             try:
                 return await self._pull(image)
             except StowrayError as error:
-                if tried >= tries or not error.retryable or self.is_dead:
+                if tried >= tries or not error.retryable or self.is_dead or self._is_ended:
                     raise
                 if not cluster.is_lost(error):
                     await asyncio.sleep(RETRY_SECONDS * tried)
@@ -333,6 +352,8 @@ class RunNode:
         context = self._context
         run = context.next_pull(self.name)
         request = await context.pull_request(self.name, run, image, sync=bool(self._network))
+        if self._is_ended:
+            raise NodeError(self.name, ENDED)
         self._unheard.add(run)
         with self._awaited.waiting(run):
             reply = await self.link.ask("pull", request)
@@ -353,7 +374,7 @@ class RunNode:
         for image in self.images:
             reference = image.planned.reference
             present = state.cells[self.name, reference].present
-            if not runtimes or not present:
+            if not runtimes or not present or self._is_ended:
                 continue
             run = self._context.next_pull(self.name)
             request = {"run": run, "image": image.image.to_dict(), "runtimes": list(runtimes)}
