@@ -101,7 +101,7 @@ class RayLink:
             except BaseException:
                 # Ctrl-C among them: nothing may work on after this call has ended.
                 wait.give_up()
-                cluster.settle(call, CANCEL_SECONDS)
+                cluster.settle(call, wait.seconds_left)
                 raise
             return reply
 
@@ -123,12 +123,17 @@ class _Wait:
         """Return whether the actor was told to stop."""
         return self._given_up_at > 0.0
 
+    @property
+    def seconds_left(self) -> float:
+        """Return what an actor that was told to stop still has for it."""
+        return max(0.0, self._given_up_at + CANCEL_SECONDS - time.monotonic())
+
     def look(self) -> None:
         """Pass a cancellation on; raise when nothing comes of it, or when the head is dead."""
         self._head.look()
         if self._cancelled():
             self.give_up()
-        if self.is_given_up and time.monotonic() - self._given_up_at > CANCEL_SECONDS:
+        if self.is_given_up and not self.seconds_left:
             raise CancelledError("pull")
 
     def give_up(self) -> None:

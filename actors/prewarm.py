@@ -331,6 +331,9 @@ class _Under:
             # All was done; only nodes that might come were waited for.
             return
         state.interrupted = isinstance(reason, CancelledError)
+        for name in list(state.nodes):
+            if state.nodes[name].state == "working":
+                state.fail_deliveries(name, self.plan.deliver, describe(reason))
         state.fail_open(describe(reason))
         is_told = isinstance(reason, CancelledError | DeadlineError) and bool(state.nodes)
         if not is_told or state.command == "plan":

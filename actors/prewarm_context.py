@@ -56,6 +56,15 @@ class RunContext:
             "port": port,
         }
 
+    def lease_terms(self) -> dict[str, Any]:
+        """Return who owns the leases of the run, and what it allows together and each node."""
+        limits = self.plan.limits
+        return {
+            "leases": self.resolver,
+            "connections": limits.origin_connections,
+            "bandwidth": limits.bandwidth,
+        }
+
     async def pull_request(
         self, node: str, run: str, image: RunImage, *, sync: bool
     ) -> dict[str, Any]:
@@ -63,7 +72,6 @@ class RunContext:
 
         Raises what keeps the driver from knowing how its registry is reached.
         """
-        limits = self.plan.limits
         return {
             "run": run,
             "store": "",
@@ -77,11 +85,5 @@ class RunContext:
             "progress": self.board,
             "nodes": self.nodes,
             "driver": None,
-            "spread": {
-                "run": self.run,
-                "image": image.about,
-                "leases": self.resolver,
-                "connections": limits.origin_connections,
-                "bandwidth": limits.bandwidth,
-            },
+            "spread": {"run": self.run, "image": image.about, **self.lease_terms()},
         }

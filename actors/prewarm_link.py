@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 CONNECT_SECONDS = 3.0
 DEATH_SECONDS = 10.0
+ENDED = "its actor has ended"
 
 
 class NodeLink:
@@ -104,7 +105,7 @@ class NodeLink:
     async def ask(self, method: str, *arguments: Any, seconds: float | None = None) -> Any:
         """Call the actor; raises our errors only, at once when the node dies."""
         if self.is_dead or self._actor is None:
-            raise NodeError(self._name, self._reason or "its actor has ended")
+            raise NodeError(self._name, self._reason or ENDED)
         call = getattr(self._actor, method).remote(*arguments)
         asking = asyncio.ensure_future(cluster.ask(call, self._name, seconds))
         try:

@@ -58,10 +58,15 @@ class Muster:
         chosen = await self._select(list(described), wave)
         begun = time.monotonic()
         tasks = {asyncio.ensure_future(self.begin(node)): node for node in chosen}
-        if for_all:
-            await asyncio.gather(*tasks)
-        else:
-            await _most(tasks, begun)
+        try:
+            if for_all:
+                await asyncio.gather(*tasks)
+            else:
+                await _most(tasks, begun)
+        except asyncio.CancelledError:
+            for task in tasks:
+                task.cancel()
+            raise
         late = {task: node for task, node in tasks.items() if not task.done()}
         return [node for task, node in tasks.items() if task.done() and task.result()], late
 

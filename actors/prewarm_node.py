@@ -1,8 +1,8 @@
 """One node of a pre-warm run, as the driver drives it.
 
 Invariant: no call to a node is waited for longer than its deadline or the node's life; an actor
-that dies is started anew and goes on where it was, a bounded number of times; a cell is fine only
-when the node has looked on its disk after the work.
+that dies is started anew and goes on where it was, a bounded number of times, and never once the
+node was ended; a cell is fine only when the node has looked on its disk after the work.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from stowray.actors import cluster
-from stowray.actors.prewarm_link import NodeLink
-from stowray.pipeline.errors import DeadlineError, NodeError, StowrayError, describe, from_wire
+from stowray.actors.prewarm_awaited import Awaited, in_time
+from stowray.actors.prewarm_link import ENDED, NodeLink
+from stowray.pipeline.errors import NodeError, StowrayError, describe, from_wire
 from stowray.pipeline.platform import Platform
 from stowray.pipeline.prewarm_rows import Delivery
 from stowray.pipeline.prewarm_survey import NodeSurvey
@@ -23,6 +25,7 @@ from stowray.pipeline.spread import NodeState, Part
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Sequence
+    from contextlib import AbstractAsyncContextManager
 
     from stowray.actors.prewarm_context import RunContext
     from stowray.actors.prewarm_images import RunImage
@@ -78,7 +81,8 @@ class RunNode:
         self._life = 0
         self._reviving = asyncio.Lock()
         self._reviving_task: asyncio.Task[None] | None = None
-        self._pulls: dict[str, str] = {}
+        self._is_ended = False
+        self._awaited = Awaited(self.link)
         # Pulls of which nobody has heard how they ended.
         self._unheard: set[str] = set()
 
@@ -90,8 +94,11 @@ class RunNode:
         return self.link.is_dead
 
     def fail(self, error: StowrayError) -> None:
-        """Note that nothing more comes of the node; a dead one has been told as that."""
-        if not self.is_dead:
+        """Note that nothing more comes of the node.
+
+        A dead one has been told as that, and of one that was ended it has been said why.
+        """
+        if not self.is_dead and not self._is_ended:
             self._context.state.fail_node(self.name, describe(error))
         self.finished.set()
 
@@ -113,7 +120,14 @@ class RunNode:
         )
 
     async def begin(self) -> None:
-        """Start the actor and have it open and serve its store; raises what kept it from that."""
+        """Start the actor and have it open and serve its store; raises what kept it from that.
+
+        One that was ended begins again: it is only idle until others need it.
+        """
+        self._is_ended = False
+        await self._try_to_begin()
+
+    async def _try_to_begin(self) -> None:
         for tried in range(1, self._context.plan.failure.tries + 1):
             try:
                 await self._begin()
@@ -125,6 +139,9 @@ class RunNode:
 
     async def _begin(self) -> None:
         context = self._context
+        if self._is_ended:
+            # Whoever ended the actor made it look lost, and nobody would end another one.
+            raise NodeError(self.name, ENDED)
         self.link.start(self._unpackers)
         # Where its peers know it, if it served before.
         port = int(self.address.rpartition(":")[2] or 0)
@@ -150,7 +167,7 @@ class RunNode:
         """Do ``work``, and again with a new actor when it was lost with its actor."""
         tries = self._context.plan.failure.tries
         for tried in range(1, tries + 1):
-            life = self._life
+            life = await self._present_life()
             try:
                 return await work()
             except StowrayError as error:
@@ -159,14 +176,23 @@ class RunNode:
             await self._revive(life)
         raise NodeError(self.name, cluster.LOST)
 
+    async def _present_life(self) -> int:
+        """Return the actor's life; one that is being started anew is waited for, not ended."""
+        async with self._reviving:
+            return self._life
+
     async def _revive(self, life: int) -> None:
         """Start the actor anew, unless somebody else has since ``life``, and give it its part."""
+        # All of the node's images need it: it does not end with the time of the one that asked.
+        await asyncio.shield(asyncio.ensure_future(self._start_anew(life)))
+
+    async def _start_anew(self, life: int) -> None:
         async with self._reviving:
             if self._life != life:
                 return
             self._life += 1
             self.is_serving = False
-            await self.begin()
+            await self._try_to_begin()
             await self._accept()
 
     def _lost(self) -> None:
@@ -183,22 +209,16 @@ class RunNode:
 
     def declare(self) -> None:
         """Have the node tell the owner of the leases, started anew, what it has."""
-        limits = self._context.plan.limits
-        about = {
-            "leases": self._context.resolver,
-            "connections": limits.origin_connections,
-            "bandwidth": limits.bandwidth,
-        }
-        self.link.tell("declare", about)
+        self.link.tell("declare", self._context.lease_terms())
 
     def cancel(self) -> None:
-        """Have the node give up what it does, without waiting for it."""
-        if not self.is_dead:
-            for run in list(self._pulls):
-                self.link.tell("cancel", run)
+        """Have the node give up what it does, without waiting for it, and begin nothing more."""
+        self._is_ended = True
+        self._awaited.give_up()
 
     async def end(self, seconds: float = END_SECONDS) -> None:
-        """End the actor and all that it started."""
+        """End the actor and all that it started; without :meth:`begin` there is no other."""
+        self._is_ended = True
         self.is_serving = False
         await self.hear(seconds)
         await self.link.end(seconds)
@@ -266,29 +286,30 @@ class RunNode:
 
     async def work(self) -> None:
         """Bring all images, deliver them, and give the node's row its state; raises nothing."""
-        state, failure = self._context.state, self._context.plan.failure
         limit = asyncio.Semaphore(IMAGES_AT_ONCE)
         try:
-            async with asyncio.timeout(failure.node_timeout_seconds):
-                await asyncio.gather(*(self._bring(image, limit) for image in self.images))
-                await self._deliver()
-        except TimeoutError:
-            self.cancel()
-            error = describe(DeadlineError(f"node {self.name}", failure.node_timeout_seconds))
-            for cell in state.open_cells(self.name):
-                state.update_cell(self.name, cell.reference, status="failed", error=error)
+            await asyncio.gather(*(self._bring(image, limit) for image in self.images))
+            await self._deliver()
         finally:
             self.finished.set()
-        state.settle_node(self.name)
+        self._context.state.settle_node(self.name)
+
+    def _in_time(self, image: RunImage) -> AbstractAsyncContextManager[None]:
+        what = f"{image.reference.familiar} on {self.name}"
+        return in_time(what, self._context.plan.failure.node_timeout_seconds)
 
     async def _bring(self, image: RunImage, limit: asyncio.Semaphore) -> None:
         async with limit:
             state, reference = self._context.state, image.planned.reference
+            # The end of a run gives up what is under way, which makes room for what was not begun.
+            if self._is_ended or not state.is_open(self.name, reference):
+                return
             state.update_cell(self.name, reference, status="working")
             state.update_node(self.name, state="working")
             begun = time.monotonic()
             try:
-                result = await self._pull_until_here(image)
+                async with self._in_time(image):
+                    result = await self._pull_until_here(image)
             except StowrayError as error:
                 # When the run was ended, why stands there already.
                 if not self.is_dead and state.is_open(self.name, reference):
@@ -315,11 +336,11 @@ class RunNode:
         tried = 0
         while True:
             tried += 1
-            life = self._life
+            life = await self._present_life()
             try:
                 return await self._pull(image)
             except StowrayError as error:
-                if tried >= tries or not error.retryable or self.is_dead:
+                if tried >= tries or not error.retryable or self.is_dead or self._is_ended:
                     raise
                 if not cluster.is_lost(error):
                     await asyncio.sleep(RETRY_SECONDS * tried)
@@ -331,12 +352,11 @@ class RunNode:
         context = self._context
         run = context.next_pull(self.name)
         request = await context.pull_request(self.name, run, image, sync=bool(self._network))
-        self._pulls[run] = image.planned.reference
+        if self._is_ended:
+            raise NodeError(self.name, ENDED)
         self._unheard.add(run)
-        try:
+        with self._awaited.waiting(run):
             reply = await self.link.ask("pull", request)
-        finally:
-            del self._pulls[run]
         self._unheard.discard(run)
         for event in reply["events"]:
             context.progress.merge(Event.from_dict(event))
@@ -353,21 +373,19 @@ class RunNode:
         state = self._context.state
         for image in self.images:
             reference = image.planned.reference
-            cell = state.cells[self.name, reference]
-            if not runtimes or not cell.present:
+            present = state.cells[self.name, reference].present
+            if not runtimes or not present or self._is_ended:
                 continue
             run = self._context.next_pull(self.name)
             request = {"run": run, "image": image.image.to_dict(), "runtimes": list(runtimes)}
-            self._pulls[run] = reference
             try:
-                errors = await self.link.ask("deliver", request)
+                async with self._in_time(image):
+                    with self._awaited.waiting(run):
+                        errors = await self._again(partial(self.link.ask, "deliver", request))
             except StowrayError as error:
                 errors = dict.fromkeys(runtimes, describe(error))
-            finally:
-                del self._pulls[run]
-            state.deliveries += [
-                Delivery(self.name, reference, runtime, errors[runtime]) for runtime in runtimes
-            ]
+            for runtime in runtimes:
+                state.note_delivery(Delivery(self.name, reference, runtime, errors[runtime]))
 
     def _has(self, image: RunImage) -> bool:
         """Return whether the last survey found all of an image."""

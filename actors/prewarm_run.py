@@ -181,9 +181,7 @@ class ClusterRun:
         try:
             survey = await node.look()
         except StowrayError as error:
-            if not node.is_dead:
-                self._context.state.fail_node(node.name, describe(error))
-            node.finished.set()
+            node.fail(error)
             survey = node.survey = replace(node.survey, error=describe(error))
         self.surveys[node.name] = survey
 

@@ -91,6 +91,7 @@ class RunState:
         self.nodes[name] = NodeRow(name, node_id=row.node_id, wave=row.wave)
         for cell in [cell for cell in self.cells.values() if cell.node == name]:
             self.cells[name, cell.reference] = Cell(name, cell.reference)
+        self.deliveries = [entry for entry in self.deliveries if entry.node != name]
         self.changed = True
 
     def forget_node(self, name: str) -> None:
@@ -99,6 +100,7 @@ class RunState:
         self.nodes.pop(name, None)
         for key in [key for key in self.cells if key[0] == name]:
             del self.cells[key]
+        self.deliveries = [entry for entry in self.deliveries if entry.node != name]
 
     def lose_node(self, name: str, reason: str) -> None:
         """Note that a node is dead; what it had does not count any more."""
@@ -169,6 +171,24 @@ class RunState:
         for cell in self.open_cells(name):
             told = None if error is None else describe(error)
             self.update_cell(name, cell.reference, status="skipped", error=told)
+
+    def note_delivery(self, row: Delivery) -> None:
+        """Note what came of a delivery; why one failed stays as it was said first."""
+        pair = (row.node, row.reference, row.runtime)
+        for place, entry in enumerate(self.deliveries):
+            if (entry.node, entry.reference, entry.runtime) == pair:
+                if row.error is None:
+                    self.deliveries[place] = row
+                break
+        else:
+            self.deliveries.append(row)
+        self.changed = True
+
+    def fail_deliveries(self, name: str, runtimes: Sequence[str], error: Mapping[str, Any]) -> None:
+        """Note that no runtime gets any more of the images that a node has; those that did, did."""
+        for cell in [cell for cell in self.cells.values() if cell.node == name and cell.present]:
+            for runtime in runtimes:
+                self.note_delivery(Delivery(name, cell.reference, runtime, dict(error)))
 
     def note_ways(
         self,
