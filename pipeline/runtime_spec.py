@@ -89,10 +89,18 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What the machine asks of the configuration; ``user`` is set for a plain user."""
+    """What the machine asks of the configuration; ``user`` is set for a plain user.
+
+    His user namespace maps one ID, his own, to root: a process in it can be nobody else and can be
+    given no further groups.
+    """
 
     unified_cgroups: bool = False
     user: tuple[int, int] | None = None
+
+    def replaces(self, user: User) -> bool:
+        """Tell whether the process of ``user`` must run as root instead."""
+        return self.user is not None and (user.uid, user.gid) != (0, 0)
 
 
 def runtime_config(
@@ -104,6 +112,8 @@ def runtime_config(
     terminal: bool = False,
 ) -> dict[str, Any]:
     """Return the document; ``arguments`` take the place of the image's command."""
+    if host.user is not None:
+        user = User()
     environment = list(config.environment)
     if not any(text.startswith("PATH=") for text in environment):
         environment.insert(0, _PATH)
