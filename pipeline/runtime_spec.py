@@ -114,7 +114,8 @@ def runtime_config(
     """Return the document; ``arguments`` take the place of the image's command."""
     if host.user is not None:
         user = User()
-    environment = list(config.environment)
+    # What is no variable runc refuses to start with, where Docker passes over it.
+    environment = [text for text in config.environment if text.find("=") > 0]
     if not any(text.startswith("PATH=") for text in environment):
         environment.insert(0, _PATH)
     if terminal and not any(text.startswith("TERM=") for text in environment):

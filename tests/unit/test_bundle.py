@@ -306,6 +306,13 @@ def test_environment_and_directory() -> None:
     assert content["terminal"]
 
 
+def test_only_variables_with_a_name_and_a_value_are_set() -> None:
+    run = {"Env": ["A=1", "PATH", "", "=x", "B=", "C=2=3"]}
+    content = runtime_config(config_of(run), User(), Host())["process"]
+    path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert content["env"] == [path, "A=1", "B=", "C=2=3"]
+
+
 def test_annotations_follow_the_conversion_rules() -> None:
     run = {
         "Labels": {"org.opencontainers.image.os": "mine", "a": "1", "n": 1},
