@@ -229,7 +229,9 @@ def _own_type(fields: dict[str, Any], named: str, served_as: str, kind: str) -> 
 
 
 def _index(fields: dict[str, Any], media_type: str, limit: int = INDEX_ENTRIES_LIMIT) -> Index:
-    entries = _required_array(fields, "manifests")
+    if fields.get("manifests") is None:
+        raise JSONError("manifests is missing")
+    entries = strict_json.array(fields, "manifests")
     if len(entries) > limit:
         raise JSONError(f"an index with more than {limit} entries")
     _subject(fields)
@@ -247,7 +249,10 @@ def _index(fields: dict[str, Any], media_type: str, limit: int = INDEX_ENTRIES_L
 
 
 def _manifest(fields: dict[str, Any], media_type: str) -> Manifest:
-    layers = _required_array(fields, "layers")
+    if "layers" not in fields:
+        raise JSONError("layers is missing")
+    # Go writes a list that nobody made as null: BuildKit does for an image of labels only.
+    layers = strict_json.array(fields, "layers")
     if len(layers) > LAYERS_LIMIT:
         raise JSONError(f"a manifest with more than {LAYERS_LIMIT} layers")
     _subject(fields)
@@ -260,12 +265,6 @@ def _manifest(fields: dict[str, Any], media_type: str) -> Manifest:
         annotations=strict_json.text_pairs(fields, "annotations"),
         artifact_type=strict_json.text(fields, "artifactType"),
     )
-
-
-def _required_array(fields: dict[str, Any], key: str) -> list[Any]:
-    if fields.get(key) is None:
-        raise JSONError(f"{key} is missing")
-    return strict_json.array(fields, key)
 
 
 def _subject(fields: dict[str, Any]) -> None:

@@ -191,7 +191,9 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(manifest(schemaVersion="2"), id="version is a string"),
         pytest.param(manifest(schemaVersion=True), id="version is true"),
         pytest.param({"schemaVersion": 2}, id="nothing in it"),
-        pytest.param(manifest(layers=None), id="layers null"),
+        pytest.param(manifest(layers=...), id="no layers"),
+        pytest.param(manifest(layers=None, config=...), id="layers null and no config"),
+        pytest.param(manifest(layers=None, manifests=[]), id="layers null in an index"),
         pytest.param(manifest(layers={}), id="layers an object"),
         pytest.param(manifest(layers=[None]), id="null layer"),
         pytest.param(manifest(layers=["x"]), id="text layer"),
@@ -199,6 +201,7 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(manifest(config=None), id="config null"),
         pytest.param(manifest(config=...), id="no config"),
         pytest.param(index(manifests=None), id="manifests null"),
+        pytest.param(index(manifests=...), id="no manifests"),
         pytest.param(index(manifests={}), id="manifests an object"),
         pytest.param(index(descriptor(size=True)), id="size true"),
         pytest.param(index(descriptor(size=2**63)), id="size 2^63"),
@@ -293,6 +296,11 @@ def test_content_types_let_pass(header: str) -> None:
 def test_content_types_refused(header: str) -> None:
     with pytest.raises(ManifestError):
         parse(manifest(), header)
+
+
+def test_layers_that_are_null_are_none() -> None:
+    # Go writes an empty list that nobody made as null.
+    assert parse_manifest(manifest(layers=None)).layers == ()
 
 
 def test_what_is_unknown_is_ignored() -> None:
