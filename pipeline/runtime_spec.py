@@ -238,7 +238,9 @@ def _annotations(document: dict[str, Any], config: dict[str, Any], digest: str) 
     labels = config.get("Labels")
     if isinstance(labels, dict):
         found.update(
-            (name, value) for name, value in labels.items() if name and isinstance(value, str)
+            (name, value or "")
+            for name, value in labels.items()
+            if name and (value is None or isinstance(value, str))
         )
     return found
 

@@ -315,7 +315,7 @@ def test_only_variables_with_a_name_and_a_value_are_set() -> None:
 
 def test_annotations_follow_the_conversion_rules() -> None:
     run = {
-        "Labels": {"org.opencontainers.image.os": "mine", "a": "1", "n": 1},
+        "Labels": {"org.opencontainers.image.os": "mine", "a": "1", "n": 1, "e": None},
         "StopSignal": "SIGUSR1",
         "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
     }
@@ -327,6 +327,7 @@ def test_annotations_follow_the_conversion_rules() -> None:
         "org.opencontainers.image.stopSignal": "SIGUSR1",
         "org.opencontainers.image.exposedPorts": "53/udp,80/tcp",
         "a": "1",
+        "e": "",
     }
 
 

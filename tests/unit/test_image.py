@@ -298,6 +298,15 @@ def test_content_types_refused(header: str) -> None:
         parse(manifest(), header)
 
 
+def test_labels_and_annotations_that_are_null_are_empty() -> None:
+    pairs = (("a", ""), ("b", "c"))
+    written = {"a": None, "b": "c"}
+    assert parse_manifest(manifest(annotations=written)).annotations == pairs
+    assert parse_index(index(descriptor(annotations=written))).manifests[0].annotations == pairs
+    body = encode(config(config={"Labels": written}))
+    assert parse_config(body, DIGEST).raw == body
+
+
 def test_layers_that_are_null_are_none() -> None:
     # Go writes an empty list that nobody made as null.
     assert parse_manifest(manifest(layers=None)).layers == ()
