@@ -314,9 +314,9 @@ def _data(fields: dict[str, Any], digest: Digest, size: int) -> bytes | None:
 
 
 def _platform(fields: dict[str, Any]) -> Platform | None:
-    """Return an entry's platform; two empty names are none, as old tools write it."""
+    """Return an entry's platform; two names that are empty or not there are none, as in Go."""
     strict_json.check_case(fields, _PLATFORM_KEYS)
-    if fields.get("os") == "" and fields.get("architecture") == "":
+    if not strict_json.text(fields, "os") and not strict_json.text(fields, "architecture"):
         return None
     return Platform(
         os=strict_json.required_text(fields, "os"),

@@ -211,6 +211,7 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(index(descriptor(digest=EMPTY.upper())), id="digest upper case"),
         pytest.param(index(descriptor(platform=[])), id="platform an array"),
         pytest.param(index(descriptor(platform={"os": "linux"})), id="no architecture"),
+        pytest.param(index(descriptor(platform={"os": False})), id="os false"),
         pytest.param(index(descriptor(platform={"os": 1, "architecture": "x"})), id="os a number"),
         pytest.param(
             index(descriptor(platform={"os": None, "architecture": "amd64"})), id="os null"
@@ -296,6 +297,16 @@ def test_content_types_let_pass(header: str) -> None:
 def test_content_types_refused(header: str) -> None:
     with pytest.raises(ManifestError):
         parse(manifest(), header)
+
+
+@pytest.mark.parametrize(
+    "platform",
+    [{}, {"os": "", "architecture": ""}, {"os": None}, {"architecture": ""}, {"variant": "v8"}],
+)
+def test_a_platform_that_names_nothing_is_none(platform: dict[str, Any]) -> None:
+    known = descriptor(platform={"os": "linux", "architecture": "amd64"})
+    parsed = parse_index(index(descriptor(platform=platform), known))
+    assert [str(entry.platform) for entry in parsed.manifests] == ["None", "linux/amd64"]
 
 
 def test_labels_and_annotations_that_are_null_are_empty() -> None:
