@@ -44,17 +44,21 @@ class LayerApplier:
     """Applies entries to an empty ``directory``; ``finish`` sets what must come last."""
 
     def __init__(
-        self, reader: TarReader, directory: Path, privileged: bool, lower: ChainView | None
+        self,
+        reader: TarReader,
+        directory: Path,
+        privileged: bool,
+        lower: ChainView | None,
+        reserve: int = 0,
     ) -> None:
         self.tree = StagedTree(directory, lower)
         try:
-            self.maker = EntryMaker(reader, self.tree, privileged)
+            self.maker = EntryMaker(reader, self.tree, privileged, reserve)
         except OSError:
             self.tree.close()
             raise
         self.lower = lower
         self.entries = 0
-        self.unpacked_size = 0
         # The parent of the entry before, as it was spelt; most entries have the same one.
         self._spelt: bytes | None = None
         # Not above symlinks of others: a name made in this layer may hide one, unseen.
@@ -67,7 +71,6 @@ class LayerApplier:
     def apply(self, entry: Entry) -> None:
         """Apply one entry; its data is taken from the reader."""
         self.entries += 1
-        self.unpacked_size += entry.size
         name = entry.name
         kind = entry.kind
         if kind == DIRECTORY:

@@ -43,6 +43,7 @@ def write_bundle(
     arguments: Sequence[str] = (),
     terminal: bool = False,
     cancelled: Callable[[], bool] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Flattened:
     """Make a bundle of an image in the store: its config's digest and its chain ID."""
     from stowray.pipeline.documents import CONFIG_LIMIT, parse_config
@@ -59,6 +60,7 @@ def write_bundle(
             arguments=arguments,
             terminal=terminal,
             cancelled=cancelled,
+            warn=warn,
         )
 
 
@@ -72,10 +74,12 @@ def make_bundle(
     arguments: Sequence[str] = (),
     terminal: bool = False,
     cancelled: Callable[[], bool] | None = None,
+    warn: Callable[[str], None] | None = None,
 ) -> Flattened:
     """Make a bundle at ``destination`` (empty, or made with mode 0700) from the merged tree.
 
-    ``digest`` is the config's, for messages. A plain user's bundle maps his own ID to root.
+    ``digest`` is the config's, for messages. A plain user's bundle maps his own ID to root and runs
+    as root, whomever the image names; ``warn`` is given a sentence if that is somebody else.
     """
     try:
         document = strict_json.parse_object(config.raw)
@@ -87,6 +91,11 @@ def make_bundle(
     )
     plain = None if view.privileged else (os.geteuid(), os.getegid())
     host = Host(unified_cgroups=_UNIFIED.exists(), user=plain)
+    if warn is not None and host.replaces(user):
+        warn(
+            f"the image's user {user.uid}:{user.gid} is not mapped, a plain user's bundle knows "
+            "root only, which is you outside: it runs as root"
+        )
     content = runtime_config(run, user, host, arguments=arguments, terminal=terminal)
     destination = destination.absolute()
     with translated(destination, "make the bundle"):

@@ -229,7 +229,9 @@ def _own_type(fields: dict[str, Any], named: str, served_as: str, kind: str) -> 
 
 
 def _index(fields: dict[str, Any], media_type: str, limit: int = INDEX_ENTRIES_LIMIT) -> Index:
-    entries = _required_array(fields, "manifests")
+    if fields.get("manifests") is None:
+        raise JSONError("manifests is missing")
+    entries = strict_json.array(fields, "manifests")
     if len(entries) > limit:
         raise JSONError(f"an index with more than {limit} entries")
     _subject(fields)
@@ -247,7 +249,10 @@ def _index(fields: dict[str, Any], media_type: str, limit: int = INDEX_ENTRIES_L
 
 
 def _manifest(fields: dict[str, Any], media_type: str) -> Manifest:
-    layers = _required_array(fields, "layers")
+    if "layers" not in fields:
+        raise JSONError("layers is missing")
+    # Go writes a list that nobody made as null: BuildKit does for an image of labels only.
+    layers = strict_json.array(fields, "layers")
     if len(layers) > LAYERS_LIMIT:
         raise JSONError(f"a manifest with more than {LAYERS_LIMIT} layers")
     _subject(fields)
@@ -260,12 +265,6 @@ def _manifest(fields: dict[str, Any], media_type: str) -> Manifest:
         annotations=strict_json.text_pairs(fields, "annotations"),
         artifact_type=strict_json.text(fields, "artifactType"),
     )
-
-
-def _required_array(fields: dict[str, Any], key: str) -> list[Any]:
-    if fields.get(key) is None:
-        raise JSONError(f"{key} is missing")
-    return strict_json.array(fields, key)
 
 
 def _subject(fields: dict[str, Any]) -> None:
@@ -315,9 +314,9 @@ def _data(fields: dict[str, Any], digest: Digest, size: int) -> bytes | None:
 
 
 def _platform(fields: dict[str, Any]) -> Platform | None:
-    """Return an entry's platform; two empty names are none, as old tools write it."""
+    """Return an entry's platform; two names that are empty or not there are none, as in Go."""
     strict_json.check_case(fields, _PLATFORM_KEYS)
-    if fields.get("os") == "" and fields.get("architecture") == "":
+    if not strict_json.text(fields, "os") and not strict_json.text(fields, "architecture"):
         return None
     return Platform(
         os=strict_json.required_text(fields, "os"),

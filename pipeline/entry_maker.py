@@ -12,7 +12,7 @@ import os
 import stat
 from typing import TYPE_CHECKING
 
-from stowray.pipeline import tree_ops
+from stowray.pipeline import file_content, tree_ops
 from stowray.pipeline.entry_list import OWNER, Record
 from stowray.pipeline.errors import LayerError, StorageError, escape
 from stowray.pipeline.overlay_node import (
@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 
 _SPECIAL_BITS = 0o7000
 _LARGE = 64 << 20
+# Copies of files below, in bytes of one layer, up to which nobody asks how much room there is.
+_MANY_COPIES = 8 << 20
 _WARNINGS = 50
 _UNSUPPORTED = frozenset({errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EINVAL, errno.ENODATA})
 # Attributes of one file, in bytes, that any file system with attributes has a place for.
@@ -42,11 +44,15 @@ _FITS_EVERYWHERE = 512
 class EntryMaker:
     """Makes files, links, devices; ``warnings`` says what an image asked for and does not get."""
 
-    def __init__(self, reader: TarReader, tree: StagedTree, privileged: bool) -> None:
+    def __init__(
+        self, reader: TarReader, tree: StagedTree, privileged: bool, reserve: int = 0
+    ) -> None:
         self.tree = tree
         self.privileged = privileged
         self.warnings: list[str] = []
         self._reader = reader
+        self._reserve = reserve
+        self._copied = 0
         self._namespace = overlay_namespace(privileged)
         self._directory_records: list[tuple[bytes, Record]] = []
         self._owner = (os.geteuid(), os.getegid())
@@ -88,7 +94,7 @@ class EntryMaker:
             descriptor = os.open(base, tree_ops.CREATE_FILE, creation_mode, dir_fd=directory)
         try:
             if source is not None:
-                tree_ops.copy_data(source, descriptor)
+                self._copy(source, descriptor, entry)
             elif entry.size:
                 data = self._reader.take() if entry.sparse is None else None
                 if data is not None:
@@ -114,6 +120,18 @@ class EntryMaker:
             os.utime(descriptor, ns=(mtime_ns, mtime_ns))
         finally:
             os.close(descriptor)
+
+    def _copy(self, source: int, descriptor: int, entry: Entry) -> None:
+        """Copy a file of a lower tree, with its holes, or share its blocks."""
+        self._reader.count(entry.size)
+        if file_content.clone(source, descriptor):
+            return
+        needed = os.fstat(source).st_blocks * 512
+        # The stream says nothing of these bytes: a short one may ask for many copies.
+        self._copied += needed
+        if self._copied > _MANY_COPIES:
+            self._check_space(needed, entry)
+        file_content.copy(source, descriptor, entry.size)
 
     def _write(self, descriptor: int, entry: Entry) -> None:
         """Write the data of a file that is large, sparse, or lies across chunks."""
@@ -142,10 +160,12 @@ class EntryMaker:
         # A header may claim terabytes: say so before the disk is full and not after.
         system = os.statvfs(self.tree.root.descriptor)
         free = system.f_bavail * system.f_frsize
-        if needed > free:
+        # Some file systems tell no figures at all.
+        if system.f_blocks and needed + self._reserve > free:
+            stay = f" and {self._reserve} stay in reserve" if self._reserve else ""
             raise StorageError(
                 str(self.tree.directory),
-                f"{escape(entry.name)} needs {needed} bytes, {free} are free: "
+                f"{escape(entry.name)} needs {needed} bytes, {free} are free{stay}: "
                 "free space (`stowray gc`) or choose another --store",
             )
 

@@ -22,7 +22,8 @@ MEMBERS_LIMIT: Final = 200_000
 METADATA_LIMIT: Final = 1 << 20
 LINKS_LIMIT: Final = 8
 
-_REGULAR: Final = b"0\07"
+# Three bytes, spelt so that the digit is not read as part of the escape: v7 writes NUL.
+_REGULAR: Final = b"0\x007"
 _HARD_LINK, _SYMLINK, _DIRECTORY = b"1"[0], b"2"[0], b"5"[0]
 _PAX, _PAX_GLOBAL, _LONG_NAME, _LONG_LINK = b"x"[0], b"g"[0], b"L"[0], b"K"[0]
 _LINKS: Final = (_HARD_LINK, _SYMLINK)

@@ -53,6 +53,7 @@ def stage_layer(
     limits: LayerLimits = DEFAULT_LIMITS,
     privileged: bool,
     lower: ChainView | None = None,
+    reserve: int = 0,
     report: Callable[[int], None] | None = None,
     cancelled: Callable[[], bool] | None = None,
     interrupt: Callable[[], None] | None = None,
@@ -61,7 +62,8 @@ def stage_layer(
     """Apply the layer that ``read`` yields (compressed or not) to the empty ``directory``.
 
     Without ``lower`` nothing is known of what lies below, and what is assumed is noted for
-    ``reconcile.settle``; with it, the tree is exactly right above that chain. ``report`` is given
+    ``reconcile.settle``; with it, the tree is exactly right above that chain. What is large is made
+    only if ``reserve`` bytes of the file system stay free. ``report`` is given
     the bytes of the uncompressed stream so far. ``interrupt`` is called when the stage fails before
     the stream ends: it makes a ``read`` in flight, which must end before this returns, end soon.
     ``algorithm`` is that of the diff ID. On any failure the tree is useless.
@@ -71,7 +73,7 @@ def stage_layer(
     ) as pump:
         reader = TarReader(pump.next, limits)
         try:
-            applier = LayerApplier(reader, directory, privileged, lower)
+            applier = LayerApplier(reader, directory, privileged, lower, reserve)
         except OSError as error:
             raise storage_error(error, directory, "stage a layer") from error
         try:
@@ -82,7 +84,7 @@ def stage_layer(
         return Staged(
             diff_id=diff_id,
             tar_size=pump.size,
-            unpacked_size=applier.unpacked_size,
+            unpacked_size=reader.unpacked_size,
             entries=applier.entries,
             notes=notes,
             warnings=tuple(applier.maker.warnings),

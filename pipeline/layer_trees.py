@@ -161,16 +161,21 @@ class LayerTrees:
         with translated(self.tree(name), "look at a layer tree"):
             return record if self.tree(name).is_dir() else None
 
+    @property
+    def reserve_bytes(self) -> int:
+        """Bytes of the store's file system that stay free for others."""
+        return self._store.reserve_bytes
+
     def check_reserve(self, tree: Path) -> None:
         """Raise ``StorageError`` when a tree that grows has come to the room kept in reserve."""
         with translated(tree, "ask for free space"):
             system = os.statvfs(tree)
         free = system.f_bavail * system.f_frsize
-        if system.f_blocks and free < self._store.reserve_bytes:
+        if system.f_blocks and free < self.reserve_bytes:
             raise StorageError(
                 str(self._store.path),
                 f"{free} bytes are free while a layer is unpacked and "
-                f"{self._store.reserve_bytes} stay in reserve: free space (`stowray gc`) or choose "
+                f"{self.reserve_bytes} stay in reserve: free space (`stowray gc`) or choose "
                 "another --store",
             )
 

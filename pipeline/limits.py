@@ -21,7 +21,8 @@ class LayerLimits:
     """Bytes of the uncompressed tar stream; absolute, as honest zstd reaches ratios of 32 000."""
 
     unpacked_size: int = 256 * GIB
-    """Sum of the sizes that the entries claim, holes of sparse files included."""
+    """Sum of the sizes that the entries claim, holes of sparse files included, and of the files of
+    layers below that are copied for a hard link to them."""
 
     entries: int = 5_000_000
     """Entries of one layer, metadata headers not counted."""

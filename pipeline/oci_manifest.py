@@ -35,13 +35,14 @@ def oci_twin(body: bytes, media_type: str) -> bytes | None:
     The same body gives the same twin. ``body`` is a manifest that was parsed before.
     """
     document = strict_json.parse_object(body)
+    layers = document["layers"] or []  # null in Go's way
     twin: dict[str, Any] = {
         **document,
         "mediaType": OCI_MANIFEST,
         "config": _translated(document["config"]),
-        "layers": [_translated(layer) for layer in document["layers"]],
+        "layers": [_translated(layer) for layer in layers],
     }
-    same_parts = twin["config"] == document["config"] and twin["layers"] == document["layers"]
+    same_parts = twin["config"] == document["config"] and twin["layers"] == layers
     if media_type == OCI_MANIFEST and same_parts:
         return None
     return json.dumps(twin, separators=(",", ":")).encode()

@@ -70,6 +70,8 @@ def _make_record(
     source: Source, image: Image, store: Store, twin: bytes | None, *, unpacked: bool
 ) -> ReferenceRecord:
     known = store.find_reference(source.canonical, str(image.platform))
+    # A tag that moved leads to another image: that the one before was unpacked says nothing of it.
+    kept = known is not None and known.unpacked and known.chain_id == str(image.chain_id)
     return ReferenceRecord(
         reference=source.canonical,
         platform=str(image.platform),
@@ -80,7 +82,7 @@ def _make_record(
         config=image.manifest.config.digest,
         layers=tuple(layer.digest for layer in image.layers),
         chain_id=str(image.chain_id),
-        unpacked=unpacked or (known is not None and known.unpacked),
+        unpacked=unpacked or kept,
         pinned=known is not None and known.pinned,
         created=time.time(),
         twin=None if twin is None else Digest.of(twin),

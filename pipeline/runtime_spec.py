@@ -89,10 +89,18 @@ class RunConfig:
 
 @dataclass(frozen=True, slots=True)
 class Host:
-    """What the machine asks of the configuration; ``user`` is set for a plain user."""
+    """What the machine asks of the configuration; ``user`` is set for a plain user.
+
+    His user namespace maps one ID, his own, to root: a process in it can be nobody else and can be
+    given no further groups.
+    """
 
     unified_cgroups: bool = False
     user: tuple[int, int] | None = None
+
+    def replaces(self, user: User) -> bool:
+        """Tell whether the process of ``user`` must run as root instead."""
+        return self.user is not None and (user.uid, user.gid) != (0, 0)
 
 
 def runtime_config(
@@ -104,7 +112,10 @@ def runtime_config(
     terminal: bool = False,
 ) -> dict[str, Any]:
     """Return the document; ``arguments`` take the place of the image's command."""
-    environment = list(config.environment)
+    if host.user is not None:
+        user = User()
+    # What is no variable runc refuses to start with, where Docker passes over it.
+    environment = [text for text in config.environment if text.find("=") > 0]
     if not any(text.startswith("PATH=") for text in environment):
         environment.insert(0, _PATH)
     if terminal and not any(text.startswith("TERM=") for text in environment):
@@ -227,7 +238,9 @@ def _annotations(document: dict[str, Any], config: dict[str, Any], digest: str) 
     labels = config.get("Labels")
     if isinstance(labels, dict):
         found.update(
-            (name, value) for name, value in labels.items() if name and isinstance(value, str)
+            (name, value or "")
+            for name, value in labels.items()
+            if name and (value is None or isinstance(value, str))
         )
     return found
 

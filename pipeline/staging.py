@@ -154,6 +154,7 @@ class Stager:
                 limits=source.limits,
                 privileged=self._trees.privileged,
                 lower=lower,
+                reserve=self._trees.reserve_bytes,
                 report=self._watched(tree, source.report),
                 cancelled=source.cancelled,
                 interrupt=source.interrupt,

@@ -128,12 +128,12 @@ def mapping(fields: dict[str, Any], key: str) -> dict[str, Any] | None:
 
 
 def text_pairs(fields: dict[str, Any], key: str) -> tuple[tuple[str, str], ...]:
-    """Return the string-to-string object at ``key`` as pairs in document order."""
+    """Return the string-to-string object at ``key`` as pairs in document order; null is empty."""
     values = mapping(fields, key) or {}
     for name, value in values.items():
-        if not isinstance(value, str):
+        if value is not None and not isinstance(value, str):
             raise JSONError(f"{key}[{name[:64]!r}] is {_kind(value)}, not a string")
-    return tuple(values.items())
+    return tuple((name, value or "") for name, value in values.items())
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -83,6 +83,7 @@ class TarReader:
         self._owners: dict[bytes, tuple[int, int, int]] = {}
         self._numbers: dict[bytes, int] = {}
         self._name = b""
+        self.unpacked_size = 0
 
     @property
     def offset(self) -> int:
@@ -93,7 +94,7 @@ class TarReader:
         limits = self._limits
         sums, owners, numbers = self._sums, self._owners, self._numbers
         pending: _Pending | None = None
-        entries = unpacked = 0
+        entries = 0
         while True:
             position = self._position + self._left + self._padding
             if position <= self._end:
@@ -158,18 +159,25 @@ class TarReader:
             self._left = size
             self._padding = -size % BLOCK
             entries += 1
-            unpacked += entry.size
             if entries > limits.entries:
                 raise LayerError("", f"has more than {limits.entries} entries")
-            if unpacked > limits.unpacked_size:
-                raise LayerError(
-                    escape(name), f"brings the layer beyond {limits.unpacked_size} bytes"
-                )
             self._name = name
+            if entry.size:
+                self.count(entry.size)
             yield entry
         if pending is not None and pending.waits:
             raise LayerError("", "ends after a header that belongs to an entry")
         self.drain()
+
+    def count(self, size: int) -> None:
+        """Count ``size`` bytes that the current entry makes, whether from the stream or from below.
+
+        Raises ``LayerError`` beyond the limit for all that a layer unpacks.
+        """
+        self.unpacked_size += size
+        limit = self._limits.unpacked_size
+        if self.unpacked_size > limit:
+            raise LayerError(escape(self._name), f"brings the layer beyond {limit} bytes")
 
     def take(self) -> memoryview | None:
         """Return all data of the current entry if the chunk at hand holds it, else None."""

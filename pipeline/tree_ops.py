@@ -130,13 +130,3 @@ def remove_xattr(descriptor: int, key: str) -> None:
     except OSError as error:
         if error.errno not in {errno.ENODATA, errno.ENOTSUP}:
             raise
-
-
-def copy_data(source: int, target: int) -> None:
-    """Copy all bytes of a file to a new one, in the kernel where it can."""
-    offset = 0
-    while True:
-        sent = os.sendfile(target, source, offset, 1 << 24)
-        if not sent:
-            return
-        offset += sent

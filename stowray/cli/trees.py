@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -210,7 +211,11 @@ def unshare_command(context: Context, mounts: tuple[str, ...], offline: bool, po
 def bundle_command(
     context: Context, reference: str, directory: str, offline: bool, policy: str
 ) -> int:
-    """Write config.json and rootfs of REF to DIR, for `runc run` and `crun run`."""
+    """Write config.json and rootfs of REF to DIR, for `runc run` and `crun run`.
+
+    A plain user's bundle runs as root of its own user namespace, which is you outside of it, also
+    where the image names another user: that is said.
+    """
     from stowray.pipeline.bundle import write_bundle
     from stowray.pipeline.rootfs import check_destination
 
@@ -220,7 +225,10 @@ def bundle_command(
     def act(store: Store, result: PullResult, chain_id: Digest | None) -> dict[str, Any]:
         from stowray.pipeline.digest import Digest as DigestType
 
-        write_bundle(store, DigestType(result.config), chain_id, target)
+        config = DigestType(result.config)
+        write_bundle(
+            store, config, chain_id, target, warn=partial(context.log, "warning", "bundle-user")
+        )
         return {
             "reference": result.reference,
             "path": str(target),

@@ -164,9 +164,10 @@ def test_the_status_of_a_plain_users_command_is_the_commands(plain: PlainStowray
 def test_a_plain_users_bundle_starts_with_runc(plain: PlainStowray) -> None:
     home = plain.home
     layout = Layout(home / "layout")
-    run = {"Cmd": ["/bin/sh", "-c", "id -u; exit 6"]}
+    run = {"User": "1000", "Cmd": ["/bin/sh", "-c", "id -u; exit 6"]}
     layout.tag("it", layout.add_image([layout.add_layer(SHELL)], run=run))
-    plain.run("bundle", f"oci:{layout.path}:it", home / "bundle")
+    made = plain.run("bundle", f"oci:{layout.path}:it", home / "bundle")
+    assert "user 1000:0 is not mapped" in made.stderr
     runc = ["runc", "--root", str(home / "state"), "run", "--bundle", str(home / "bundle")]
     identity = f"stowray-plain-{os.getpid()}"
     ran = peers.attempt([*plain.as_user(), *runc, identity], env={"XDG_RUNTIME_DIR": str(home)})

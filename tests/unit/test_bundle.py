@@ -135,16 +135,19 @@ import sys
 from pathlib import Path
 from stowray.pipeline.bundle import write_bundle
 from stowray.pipeline.store import Store
-from tests.unit.test_bundle import SHELL, put_image, tar
+from tests.unit.test_bundle import ACCOUNTS, SHELL, put_image, tar
 become_plain()
 work = Path(sys.argv[1])
 store = Store.open(work / "store")
-run = {"Cmd": ["/bin/sh", "-c", "id -u; exit 6"]}
-config, chain_id = put_image(store, run, tar(*SHELL))
-write_bundle(store, config, chain_id, work / "bundle")
-command = ["runc", "--root", work / "state", "run", "--bundle", work / "bundle", "stowray-plain"]
-ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-print(ran.returncode, ran.stdout.split(), ran.stderr)
+for user in ("", "root", "app", "1000:100"):
+    run = {"User": user, "Cmd": ["/bin/sh", "-c", "id -u; id -g; exit 6"]}
+    config, chain_id = put_image(store, run, tar(*ACCOUNTS, *SHELL))
+    said = []
+    bundle = work / ("bundle-" + user.replace(":", "-"))
+    write_bundle(store, config, chain_id, bundle, warn=said.append)
+    command = ["runc", "--root", work / "state", "run", "--bundle", bundle, "stowray-plain"]
+    ran = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    print(ran.returncode, ran.stdout.split(), len(said), ran.stderr)
 """
 
 
@@ -154,7 +157,48 @@ def test_runc_starts_a_plain_users(tmp_path: Path) -> None:
     if peers.attempt(["unshare", "--user", "true"]).status:
         pytest.skip("this kernel gives no user namespaces to plain users")
     with plain_directory() as work:
-        assert run_plain(PLAIN, work).strip() == "6 ['0']"
+        found = [line.strip() for line in run_plain(PLAIN, work).splitlines() if line]
+    # Only the one ID that is mapped is there, whomever the image names.
+    assert found == [f"6 ['0', '0'] {said}" for said in (0, 0, 1, 1)]
+
+
+PLAIN_USERS = """
+import json, sys
+from pathlib import Path
+from stowray.pipeline.bundle import write_bundle
+from stowray.pipeline.store import Store
+from tests.unit.test_bundle import ACCOUNTS, put_image, tar
+become_plain()
+work = Path(sys.argv[1])
+with Store.open(work / "store") as store:
+    for user in ("root", "root:users", "app"):
+        config, chain_id = put_image(store, {"User": user}, tar(*ACCOUNTS))
+        said = []
+        write_bundle(store, config, chain_id, work / user, warn=said.append)
+        print(json.loads((work / user / "config.json").read_bytes())["process"]["user"], *said)
+"""
+
+
+def test_a_plain_users_process_has_the_one_id_that_is_mapped() -> None:
+    root = "{'uid': 0, 'gid': 0}"
+    why = "a plain user's bundle knows root only, which is you outside: it runs as root"
+    with plain_directory() as work:
+        assert run_plain(PLAIN_USERS, work).splitlines() == [
+            root,
+            f"{root} the image's user 0:100 is not mapped, {why}",
+            f"{root} the image's user 1000:1001 is not mapped, {why}",
+        ]
+
+
+def test_a_bundle_of_root_keeps_the_images_user(store: Store, tmp_path: Path) -> None:
+    if not Snapshots(store).privileged:
+        pytest.skip("only root makes such bundles")
+    config, chain_id = put_image(store, {"User": "app"}, tar(*ACCOUNTS))
+    said: list[str] = []
+    write_bundle(store, config, chain_id, tmp_path / "bundle", warn=said.append)
+    content = json.loads((tmp_path / "bundle" / "config.json").read_bytes())
+    assert content["process"]["user"] == {"uid": 1000, "gid": 1001, "additionalGids": [10, 100]}
+    assert said == []
 
 
 def test_other_users_do_not_reach_set_user_id_files(store: Store, tmp_path: Path) -> None:
@@ -262,9 +306,16 @@ def test_environment_and_directory() -> None:
     assert content["terminal"]
 
 
+def test_only_variables_with_a_name_and_a_value_are_set() -> None:
+    run = {"Env": ["A=1", "PATH", "", "=x", "B=", "C=2=3"]}
+    content = runtime_config(config_of(run), User(), Host())["process"]
+    path = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+    assert content["env"] == [path, "A=1", "B=", "C=2=3"]
+
+
 def test_annotations_follow_the_conversion_rules() -> None:
     run = {
-        "Labels": {"org.opencontainers.image.os": "mine", "a": "1", "n": 1},
+        "Labels": {"org.opencontainers.image.os": "mine", "a": "1", "n": 1, "e": None},
         "StopSignal": "SIGUSR1",
         "ExposedPorts": {"80/tcp": {}, "53/udp": {}},
     }
@@ -276,6 +327,7 @@ def test_annotations_follow_the_conversion_rules() -> None:
         "org.opencontainers.image.stopSignal": "SIGUSR1",
         "org.opencontainers.image.exposedPorts": "53/udp,80/tcp",
         "a": "1",
+        "e": "",
     }
 
 

@@ -560,6 +560,30 @@ class TestArchives:
         path.write_bytes(tar(*members.items(), form=form))
         assert read_all(f"docker-archive:{path}")[1] == LAYERS
 
+    @pytest.mark.parametrize("kind", ["oci-archive", "docker-archive"])
+    @pytest.mark.parametrize("form", ["v7", "ustar", "gnu", "posix"])
+    def test_every_format_of_tar(self, tmp_path: Path, form: str, kind: str) -> None:
+        layout = Layout()
+        layout.image()
+        files = layout.all_files() if kind == "oci-archive" else saved()
+        for name, content in files.items():
+            (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "files" / name).write_bytes(content)  # type: ignore[arg-type]
+        path = tmp_path / "x.tar"
+        command = ["tar", f"--format={form}", "-C", str(tmp_path / "files"), "-cf", str(path), "."]
+        subprocess.run(command, check=True, timeout=60)
+        assert len(read_all(f"{kind}:{path}")[1]) == len(LAYERS)
+
+    @pytest.mark.parametrize("flag", [b"0", b"\0", b"7"])
+    def test_type_flags_of_regular_files(self, tmp_path: Path, flag: bytes) -> None:
+        path = tmp_path / "d.tar"
+        members = [
+            self.header(name, flag, content)  # type: ignore[arg-type]
+            for name, content in saved().items()
+        ]
+        path.write_bytes(b"".join(members) + bytes(1024))
+        assert read_all(f"docker-archive:{path}")[1] == LAYERS
+
     @pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
     def test_hard_links(self, tmp_path: Path, form: int) -> None:
         stream = io.BytesIO()

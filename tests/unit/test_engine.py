@@ -10,6 +10,7 @@ from stowray.pipeline.engine import PullOptions
 from stowray.pipeline.errors import CancelledError, DigestMismatchError
 from stowray.pipeline.reference import Reference
 from stowray.pipeline.settings import RegistrySettings, UnpackSettings
+from stowray.pipeline.verify import verify
 from tests.support.registry import FakeRegistry, Fault, digest_of, incompressible
 from tests.support.small import local_engine, small_tar
 
@@ -36,6 +37,18 @@ def test_a_blob_damaged_since_it_was_fetched_is_fetched_again(tmp_path) -> None:
         assert mended.layers[0].fetched_bytes == mended.layers[0].size
         assert mended.layers[1].fetched_bytes == 0
         assert engine.snapshots.has(Digest(mended.chain_id))
+
+
+def test_a_tag_that_moved_is_recorded_as_unpacked_only_if_its_new_image_is(tmp_path) -> None:
+    with FakeRegistry() as registry, local_engine(tmp_path / "store") as engine:
+        reference = reference_of(registry)
+        moves = [(LAYERS[:1], True, True), (LAYERS[:1], False, True), (LAYERS[1:], False, False)]
+        for layers, unpack, unpacked in moves:
+            registry.add_image("a/b", "1", layers)
+            engine.pull(reference, PullOptions(unpack=unpack, policy="always"))
+            (record,) = engine.store.references()
+            assert record.unpacked is unpacked
+            assert verify(engine.store).damaged == ()
 
 
 def test_a_layer_with_another_diff_id_is_not_fetched_for_ever(tmp_path) -> None:

@@ -191,7 +191,9 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(manifest(schemaVersion="2"), id="version is a string"),
         pytest.param(manifest(schemaVersion=True), id="version is true"),
         pytest.param({"schemaVersion": 2}, id="nothing in it"),
-        pytest.param(manifest(layers=None), id="layers null"),
+        pytest.param(manifest(layers=...), id="no layers"),
+        pytest.param(manifest(layers=None, config=...), id="layers null and no config"),
+        pytest.param(manifest(layers=None, manifests=[]), id="layers null in an index"),
         pytest.param(manifest(layers={}), id="layers an object"),
         pytest.param(manifest(layers=[None]), id="null layer"),
         pytest.param(manifest(layers=["x"]), id="text layer"),
@@ -199,6 +201,7 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(manifest(config=None), id="config null"),
         pytest.param(manifest(config=...), id="no config"),
         pytest.param(index(manifests=None), id="manifests null"),
+        pytest.param(index(manifests=...), id="no manifests"),
         pytest.param(index(manifests={}), id="manifests an object"),
         pytest.param(index(descriptor(size=True)), id="size true"),
         pytest.param(index(descriptor(size=2**63)), id="size 2^63"),
@@ -208,6 +211,7 @@ def test_fields_of_another_kind(row: dict[str, Any], spell: Any) -> None:
         pytest.param(index(descriptor(digest=EMPTY.upper())), id="digest upper case"),
         pytest.param(index(descriptor(platform=[])), id="platform an array"),
         pytest.param(index(descriptor(platform={"os": "linux"})), id="no architecture"),
+        pytest.param(index(descriptor(platform={"os": False})), id="os false"),
         pytest.param(index(descriptor(platform={"os": 1, "architecture": "x"})), id="os a number"),
         pytest.param(
             index(descriptor(platform={"os": None, "architecture": "amd64"})), id="os null"
@@ -293,6 +297,30 @@ def test_content_types_let_pass(header: str) -> None:
 def test_content_types_refused(header: str) -> None:
     with pytest.raises(ManifestError):
         parse(manifest(), header)
+
+
+@pytest.mark.parametrize(
+    "platform",
+    [{}, {"os": "", "architecture": ""}, {"os": None}, {"architecture": ""}, {"variant": "v8"}],
+)
+def test_a_platform_that_names_nothing_is_none(platform: dict[str, Any]) -> None:
+    known = descriptor(platform={"os": "linux", "architecture": "amd64"})
+    parsed = parse_index(index(descriptor(platform=platform), known))
+    assert [str(entry.platform) for entry in parsed.manifests] == ["None", "linux/amd64"]
+
+
+def test_labels_and_annotations_that_are_null_are_empty() -> None:
+    pairs = (("a", ""), ("b", "c"))
+    written = {"a": None, "b": "c"}
+    assert parse_manifest(manifest(annotations=written)).annotations == pairs
+    assert parse_index(index(descriptor(annotations=written))).manifests[0].annotations == pairs
+    body = encode(config(config={"Labels": written}))
+    assert parse_config(body, DIGEST).raw == body
+
+
+def test_layers_that_are_null_are_none() -> None:
+    # Go writes an empty list that nobody made as null.
+    assert parse_manifest(manifest(layers=None)).layers == ()
 
 
 def test_what_is_unknown_is_ignored() -> None:

@@ -13,7 +13,7 @@ import tarfile
 import tempfile
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,6 +23,7 @@ from stowray.pipeline.layer import stage_layer
 from stowray.pipeline.limits import LayerLimits
 from stowray.pipeline.overlay import ChainView
 from stowray.pipeline.removal import remove_tree
+from tests.support import tars
 from tests.support.entries import Entry, directory, file, hardlink, opaque, symlink, whiteout
 from tests.support.layer_cases import all_checks, make_host, watch
 from tests.support.plain_user import plain_directory, run_plain
@@ -441,6 +442,40 @@ def test_progress_tells_the_bytes_of_the_stream(tree: Path) -> None:
 def test_limits_end_in_a_layer_error(tree: Path, limits: LayerLimits, entries: list[Entry]) -> None:
     with pytest.raises(LayerError):
         stage_layer(reader(tar_bytes(entries)), tree, limits=limits, privileged=ROOT)
+
+
+def stage_above(base: Path, lower: bytes, entries: Sequence[Entry], **options: Any) -> Path:
+    """Stage ``entries`` above the layer ``lower``; return the upper tree."""
+    for name in ("lower", "upper"):
+        (base / name).mkdir()
+    stage_layer(reader(lower), base / "lower", privileged=ROOT)
+    with ChainView([base / "lower"], ROOT) as view:
+        upper = reader(tar_bytes(entries))
+        stage_layer(upper, base / "upper", privileged=ROOT, lower=view, **options)
+    return base / "upper"
+
+
+def test_a_link_to_a_sparse_file_below_keeps_its_holes(base: Path) -> None:
+    size = 64 << 20
+    holes = [(0, 4), (size - 4, 4)]
+    lower = tars.archive(tars.pax_sparse("big", "1.0", holes, size, b"headtail"))
+    made = stage_above(base, lower, [hardlink("alias", "big")]) / "alias"
+    assert made.stat().st_size == size
+    assert made.stat().st_blocks * 512 < 1 << 20
+    with made.open("rb") as content:
+        assert os.pread(content.fileno(), 8, 0) == b"head" + bytes(4)
+        assert os.pread(content.fileno(), 8, size - 8) == bytes(4) + b"tail"
+
+
+def test_copies_of_files_below_count_as_unpacked(base: Path) -> None:
+    lower = tar_bytes([file("a", bytes(600)), file("b", bytes(500))])
+    links = [hardlink("c", "a"), hardlink("d", "a"), hardlink("e", "b")]
+    with pytest.raises(LayerError, match="e: brings the layer beyond 1099 bytes"):
+        stage_above(base, lower, links, limits=LayerLimits(unpacked_size=1099))
+    remove_tree(base / "lower")
+    remove_tree(base / "upper")
+    # The second link to one file is no second copy.
+    stage_above(base, lower, links, limits=LayerLimits(unpacked_size=1100))
 
 
 def test_a_file_larger_than_the_disk_is_refused_before_it_is_written(tree: Path) -> None:

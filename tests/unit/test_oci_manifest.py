@@ -57,6 +57,13 @@ def test_types_change_and_nothing_else(docker: str, oci: str) -> None:
     assert json.loads(twin) == json.loads(expected)
 
 
+def test_the_twin_of_a_manifest_whose_layers_are_null_has_an_empty_list() -> None:
+    body = json.dumps({**json.loads(manifest(CONFIG)), "layers": None}).encode()
+    twin = oci_twin(body, DOCKER_MANIFEST)
+    assert twin is not None
+    assert json.loads(twin)["layers"] == []
+
+
 def test_an_oci_manifest_needs_no_twin_unless_its_parts_do() -> None:
     config = "application/vnd.oci.image.config.v1+json"
     plain = manifest(config, "application/vnd.oci.image.layer.v1.tar", media_type=OCI_MANIFEST)

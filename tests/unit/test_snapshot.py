@@ -91,6 +91,27 @@ def test_a_layer_stops_at_the_room_kept_in_reserve(store: Store, snapshots: Snap
     assert snapshots.stage(layer.diff_id, layer.open_read).entries == 12
 
 
+def test_copies_of_files_below_stop_at_the_room_kept_in_reserve(
+    store: Store, snapshots: Snapshots, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Shared blocks take no room.
+    monkeypatch.setattr("stowray.pipeline.file_content.clone", lambda *_: False)
+    size = 3 << 20
+    numbers = range(4)
+    below = archive(*(file(f"f{number}", os.urandom(size)) for number in numbers))
+    links = archive(*(hardlink(f"l{number}", f"f{number}") for number in numbers))
+    few = archive(hardlink("l0", "f0"))
+    store.reserve_bytes = 0
+    commit_chain(snapshots, [below])
+    store.reserve_bytes = 1 << 60
+    with pytest.raises(StorageError, match=f"f2 needs .*{1 << 60} stay in reserve"):
+        commit_chain(snapshots, [below, links])
+    assert leftovers(store) == []
+    commit_chain(snapshots, [below, few])
+    store.reserve_bytes = 0
+    commit_chain(snapshots, [below, links])
+
+
 def test_a_chain_is_committed_in_order(snapshots: Snapshots) -> None:
     first, second, third = commit_chain(snapshots, [WHOLE, IMPLIED, WHITEOUT])
     assert first.chain_id == Digest.of(WHOLE)

@@ -84,6 +84,7 @@ def test_typed_fields() -> None:
     assert strict_json.texts(fields, "a") == ("x",)
     assert strict_json.texts(fields, "n") == ()
     assert strict_json.text_pairs(fields, "m") == (("k", "v"),)
+    assert strict_json.text_pairs({"m": {"k": None}}, "m") == (("k", ""),)
     assert strict_json.mapping(fields, "n") is None
     wrong: list[tuple[Any, str]] = [
         (strict_json.text, "i"),
