@@ -56,7 +56,7 @@ def main(text: str) -> int:
         if wanted["do"] == "plan":
             made = run.plan(stop.is_set)
             print(json.dumps({"results": made.results(), "totals": made.to_dict()}), flush=True)
-            return 0
+            return made.exit_code
         if wanted["do"] == "run":
             report = run.run(stop.is_set)
         else:
