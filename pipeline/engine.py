@@ -212,7 +212,9 @@ class LocalEngine:
             for image in found:
                 lease.add(digests=all_digests(image), chain_ids=())
                 requests = 0 if results else request.manifest_requests
-                results.append(self._pull(source, image, options, cancelled, requests, seconds))
+                results.append(
+                    self._pull(source, image, options, cancelled, requests, seconds, beside=True)
+                )
             return results
 
     def _pull(
@@ -223,6 +225,8 @@ class LocalEngine:
         cancelled: Callable[[], bool],
         requests: int,
         resolve_seconds: float,
+        *,
+        beside: bool = False,
     ) -> PullResult:
         begun = time.perf_counter()
         report = self.progress.reporter(source.canonical)
@@ -238,7 +242,7 @@ class LocalEngine:
                 raise
             plan = self._plan(image, options)
             outcomes = self._carry_out(source, image, plan, report, cancelled)
-        record_image(self.store, source, image, unpacked=options.unpack)
+        record_image(self.store, source, image, unpacked=options.unpack, beside=beside)
         if options.sync:
             self.store.sync()
         seconds = stage_seconds(plan, outcomes, resolve_seconds, time.perf_counter() - begun)
@@ -267,7 +271,7 @@ class LocalEngine:
         cancelled: Callable[[], bool],
     ) -> None:
         """Fetch documents again that were collected before the lease could name them."""
-        documents = (image.resolved, image.manifest_descriptor)
+        documents = (image.resolved, *image.indexes, image.manifest_descriptor)
         if not all(self.store.has(document.digest, document.size) for document in documents):
             request, resolver = self._request(source, options, cancelled)
             resolver.keep_documents(request, image)

@@ -126,6 +126,8 @@ class Image:
     manifest: Manifest
     config: ImageConfig
     platform: Platform
+    # The indexes between what the reference resolved to and the manifest, outermost first.
+    indexes: tuple[Descriptor, ...] = ()
 
     @property
     def layers(self) -> tuple[Descriptor, ...]:
@@ -173,6 +175,7 @@ class Image:
             "manifest": self.manifest.to_dict(),
             "config": self.config.to_dict(),
             "platform": self.platform.to_dict(),
+            "indexes": [index.to_dict() for index in self.indexes],
         }
 
     @classmethod
@@ -185,4 +188,5 @@ class Image:
             manifest=Manifest.from_dict(fields["manifest"]),
             config=ImageConfig.from_dict(fields["config"]),
             platform=Platform.from_dict(fields["platform"]),
+            indexes=tuple(Descriptor.from_dict(index) for index in fields["indexes"]),
         )

@@ -6,6 +6,7 @@ Invariant: an image is recorded when all of it is there, and its OCI twin is the
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from stowray.pipeline.digest import Digest
@@ -14,6 +15,8 @@ from stowray.pipeline.records import ReferenceRecord
 from stowray.pipeline.resolve import document_digests
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from stowray.pipeline.image import Image
     from stowray.pipeline.plan import Plan
     from stowray.pipeline.progress import Report
@@ -41,12 +44,28 @@ def report_present(report: Report, plan: Plan) -> None:
             report("commit", str(layer.chain_id), "exists")
 
 
-def record_image(store: Store, source: Source, image: Image, *, unpacked: bool) -> None:
-    """Record the image, with the OCI twin of a Docker manifest beside it."""
+def record_image(
+    store: Store, source: Source, image: Image, *, unpacked: bool, beside: bool = False
+) -> None:
+    """Record the image, with the OCI twin of a Docker manifest beside it.
+
+    Of several images of one platform in one index one is on record, and the others with it: the
+    last one recorded, or with ``beside`` the one that is on record already.
+    """
     twin = _twin(image, store)
     if twin is not None:
         store.put_blob(Digest.of(twin), twin)
-    store.record_reference(_make_record(source, image, store, twin, unpacked=unpacked))
+    record = _make_record(source, image, store, twin, unpacked=unpacked)
+    known = store.find_reference(record.reference, record.platform)
+    if known is not None and known.resolved.digest == record.resolved.digest:
+        if known.manifest == record.manifest:
+            record = replace(record, others=_union(record.others, known.others))
+        elif beside:
+            others = _union(known.others, record.digests)
+            record = replace(known, others=others, created=record.created)
+        else:
+            record = replace(record, others=_union(record.others, known.digests))
+    store.record_reference(record)
     if twin is not None and not store.has(Digest.of(twin)):
         # Collected just before the record could protect it.
         store.put_blob(Digest.of(twin), twin)
@@ -87,7 +106,12 @@ def _make_record(
         created=time.time(),
         twin=None if twin is None else Digest.of(twin),
         twin_size=0 if twin is None else len(twin),
+        others=tuple(index.digest for index in image.indexes),
     )
+
+
+def _union(first: Sequence[Digest], second: Sequence[Digest]) -> tuple[Digest, ...]:
+    return tuple(dict.fromkeys((*first, *second)))
 
 
 def stage_seconds(

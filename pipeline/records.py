@@ -115,12 +115,15 @@ class ReferenceRecord:
     # The manifest's OCI twin for other tools, where it needs one; see ``oci_manifest``.
     twin: Digest | None = None
     twin_size: int = 0
+    # What else the reference led to: inner indexes, and other images of the same platform.
+    others: tuple[Digest, ...] = ()
 
     @property
     def digests(self) -> tuple[Digest, ...]:
-        """Every blob that the image needs."""
+        """Every blob that the image needs, and that was pulled with it."""
         twin = () if self.twin is None else (self.twin,)
-        return (self.resolved.digest, self.manifest, *twin, self.config, *self.layers)
+        own = (self.resolved.digest, self.manifest, *twin, self.config, *self.layers)
+        return (*own, *self.others)
 
     def payload(self) -> dict[str, Any]:
         """Return the record as JSON values."""
@@ -143,6 +146,7 @@ class ReferenceRecord:
             "created": self.created,
             "twin": "" if self.twin is None else str(self.twin),
             "twin_size": self.twin_size,
+            "others": [str(digest) for digest in self.others],
         }
 
     @classmethod
@@ -169,6 +173,8 @@ class ReferenceRecord:
                 created=float(payload["created"]),
                 twin=Digest(str(payload["twin"])) if payload["twin"] != "" else None,
                 twin_size=int(payload["twin_size"]),
+                # Records of before do not have it.
+                others=tuple(Digest(str(digest)) for digest in payload.get("others", ())),
             )
         except (KeyError, TypeError, ValueError, InvalidDigestError):
             return None

@@ -17,7 +17,7 @@ from stowray.pipeline.platform import Platform, is_image, select
 from stowray.pipeline.values import dataclass
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
 
     from stowray.pipeline.digest import Digest
     from stowray.pipeline.fetch import Fetcher
@@ -99,9 +99,11 @@ class Resolver:
         """
         resolved = self.resolve(request)
         offered: list[str] = []
-        for descriptor, manifest in self._manifests(request, resolved, offered, depth=0):
-            image = self._image(request, resolved, descriptor, manifest, request.platform)
-            if _runs_on(image.config, request):
+        for path, manifest in self._manifests(request, (resolved,), offered):
+            image = self._image(request, path, manifest, request.platform)
+            # Else the index has said what it is, as other tools hear it: many a config has the
+            # platform of the machine that it was built on, or no variant.
+            if path[-1].platform is not None or _runs_on(image.config, request):
                 return image
             offered.append(str(image.platform))
         raise PlatformError(str(request.platform), ", ".join(dict.fromkeys(offered)))
@@ -112,49 +114,53 @@ class Resolver:
         Asked once the caller's lease names it: until then a collector may have seen no need for
         documents that were here before.
         """
-        for descriptor in (image.resolved, image.manifest_descriptor):
+        for descriptor in (image.resolved, *image.indexes, image.manifest_descriptor):
             self._read(request, descriptor)
 
     def images(self, request: Request) -> list[Image]:
         """Return the image of every platform that the reference offers, in document order."""
         resolved = self.resolve(request)
         return [
-            self._image(request, resolved, descriptor, manifest, platform)
-            for descriptor, manifest, platform in self._all_manifests(request, resolved, None, 0)
+            self._image(request, path, manifest, platform)
+            for path, manifest, platform in self._all_manifests(request, (resolved,), None)
         ]
 
     def _image(
         self,
         request: Request,
-        resolved: Descriptor,
-        descriptor: Descriptor,
+        path: Sequence[Descriptor],
         manifest: Manifest,
         platform: Platform,
     ) -> Image:
-        """Return the image of ``manifest``; ``platform`` is for a config that names none."""
+        """Return the image of ``manifest``, to which the documents of ``path`` led.
+
+        ``platform`` is for a config that names none, where no index does.
+        """
+        descriptor = path[-1]
         images.check_image(manifest, descriptor.digest)
         config = self._config(request, manifest)
         image = images.Image(
             reference=request.reference,
-            resolved=resolved,
+            resolved=path[0],
             manifest_descriptor=descriptor,
             manifest=manifest,
             config=config,
-            platform=config.platform.normalized() if config.os else platform,
+            platform=_platform(descriptor.platform, config) or platform,
+            indexes=tuple(path[1:-1]),
         )
         image.check()
         return image
 
     def _all_manifests(
-        self, request: Request, descriptor: Descriptor, platform: Platform | None, depth: int
-    ) -> Iterator[tuple[Descriptor, Manifest, Platform]]:
-        document = self._open(request, descriptor, depth)
+        self, request: Request, path: tuple[Descriptor, ...], platform: Platform | None
+    ) -> Iterator[tuple[tuple[Descriptor, ...], Manifest, Platform]]:
+        document = self._open(request, path[-1], len(path) - 1)
         if isinstance(document, images.Manifest):
-            yield descriptor, document, platform or request.platform
+            yield path, document, platform or request.platform
             return
         for entry in document.manifests:
             if is_image(entry):
-                yield from self._all_manifests(request, entry, entry.platform, depth + 1)
+                yield from self._all_manifests(request, (*path, entry), entry.platform)
 
     def _known(self, request: Request) -> Descriptor | None:
         """Return what the store's records answer without any network, if they may."""
@@ -202,12 +208,15 @@ class Resolver:
         return self._tags.do(reference.canonical, work, request.cancelled)
 
     def _manifests(
-        self, request: Request, descriptor: Descriptor, offered: list[str], depth: int
-    ) -> Iterator[tuple[Descriptor, Manifest]]:
-        """Yield the manifests that may serve the platform, best first, depth first."""
-        document = self._open(request, descriptor, depth)
+        self, request: Request, path: tuple[Descriptor, ...], offered: list[str]
+    ) -> Iterator[tuple[tuple[Descriptor, ...], Manifest]]:
+        """Yield the manifests that may serve the platform, best first, depth first.
+
+        With each come the documents that lead to it, from the first of ``path`` to its own.
+        """
+        document = self._open(request, path[-1], len(path) - 1)
         if isinstance(document, images.Manifest):
-            yield descriptor, document
+            yield path, document
             return
         offered += [
             str(entry.platform)
@@ -215,7 +224,7 @@ class Resolver:
             if entry.platform is not None and is_image(entry)
         ]
         for entry in select(document.manifests, request.platform, strict=request.strict):
-            yield from self._manifests(request, entry, offered, depth + 1)
+            yield from self._manifests(request, (*path, entry), offered)
 
     def _open(self, request: Request, descriptor: Descriptor, depth: int) -> Index | Manifest:
         """Return the parsed document, ``depth`` indexes below the reference."""
@@ -276,6 +285,21 @@ class Resolver:
             return None
 
 
+def _platform(entry: Platform | None, config: ImageConfig) -> Platform | None:
+    """Return the image's platform: the config's, unless its index's entry says something else."""
+    own = config.platform.normalized() if config.os else None
+    if entry is None:
+        return own
+    told = entry.normalized()
+    if own is not None and (own.os, own.architecture, own.variant) == (
+        told.os,
+        told.architecture,
+        told.variant,
+    ):
+        return own
+    return told
+
+
 def _runs_on(config: ImageConfig, request: Request) -> bool:
     if not config.os and not config.architecture:
         # A config that names no platform gives nothing to choose by (image-spec makes both
@@ -285,9 +309,11 @@ def _runs_on(config: ImageConfig, request: Request) -> bool:
 
 
 def document_digests(image: Image) -> tuple[Digest, ...]:
-    """Return the digests of the documents that lead to the image: index, manifest, config."""
-    return tuple(
-        dict.fromkeys(
-            (image.resolved.digest, image.manifest_descriptor.digest, image.manifest.config.digest)
-        )
+    """Return the digests of the documents that lead to the image: indexes, manifest, config."""
+    documents = (
+        image.resolved,
+        *image.indexes,
+        image.manifest_descriptor,
+        image.manifest.config,
     )
+    return tuple(dict.fromkeys(document.digest for document in documents))
