@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from stowray.pipeline.prewarm_report import PrewarmReport
 
 REPORT_KINDS: Final = (".html", ".json")
+# So long is no number that a plan has.
+_DIGITS = 19
 _FILE = click.option(
     "-f", "--file", type=click.Path(path_type=Path), metavar="FILE", help="A plan (TOML)."
 )
@@ -311,7 +313,9 @@ def _overrides(options: dict[str, Any]) -> dict[str, Any]:
     waves: list[int | str] = []
     for text in (options.get("waves") or "").split(","):
         if text.strip():
-            waves.append(int(text) if text.strip().isdecimal() else text.strip())
+            # What is longer is no number of nodes, which the plan's own check says.
+            is_count = text.strip().isdecimal() and len(text.strip()) < _DIGITS
+            waves.append(int(text) if is_count else text.strip())
     least = options.get("min_ready")
     return {
         "nodes.names": list(options.get("nodes", ())),
